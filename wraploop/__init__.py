@@ -1,0 +1,78 @@
+"""A training loop that does not know where it runs, and wrappers that do not know why.
+
+Meaning     Learner          owns models, losses, optimizers, data; runs phases; calls callbacks
+            Phase            what one step does: TrainingPhase, ValidationPhase, GANTraining, yours
+            Callback         what else happens, and when
+Execution   ModelWrapper     runs a model elsewhere: ThreadedCPUParallel, DataParallel,
+                             DistributedModel
+"""
+
+from . import callbacks, processes
+from .callback import Callback, on
+from .events import (
+    BackwardBegin,
+    BackwardEnd,
+    CancelEpoch,
+    CancelFit,
+    CancelStep,
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    LossBegin,
+    StepBegin,
+    StepEnd,
+)
+from .gan import GANTraining
+from .learner import Learner
+from .phases import (
+    AbstractTrainingPhase,
+    AbstractValidationPhase,
+    Phase,
+    TrainingPhase,
+    ValidationPhase,
+)
+from .wrappers.batch import shared
+from .wrappers.batchnorm import batch_mean
+from .wrappers.data_parallel import DataParallel
+from .wrappers.distributed import DistributedModel
+from .wrappers.spec import wrap
+from .wrappers.threaded import ThreadedCPUParallel
+from .wrappers.wrapper import ModelWrapper
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AbstractTrainingPhase",
+    "AbstractValidationPhase",
+    "BackwardBegin",
+    "BackwardEnd",
+    "Callback",
+    "CancelEpoch",
+    "CancelFit",
+    "CancelStep",
+    "DataParallel",
+    "DistributedModel",
+    "EpochBegin",
+    "EpochEnd",
+    "Event",
+    "FitBegin",
+    "FitEnd",
+    "GANTraining",
+    "Learner",
+    "LossBegin",
+    "ModelWrapper",
+    "Phase",
+    "StepBegin",
+    "StepEnd",
+    "ThreadedCPUParallel",
+    "TrainingPhase",
+    "ValidationPhase",
+    "batch_mean",
+    "callbacks",
+    "on",
+    "processes",
+    "shared",
+    "wrap",
+]

@@ -1,0 +1,135 @@
+"""Meters: one metric of one phase, taken at steps and come to a number at the epoch's end."""
+
+from __future__ import annotations
+
+import copy
+from array import array
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wraploop import processes
+from wraploop.callbacks.records import Series, number
+
+Stored = dict[str, Any]  # what a step has stored in its state
+_ABSENT = object()
+
+
+class MeanMeter:
+    """A step's value, and its mean over the rows of an epoch."""
+
+    def __init__(
+        self,
+        name: str,
+        reads: tuple[str, ...],
+        function: Callable[..., Any] | None,
+        steps: dict[str, Series],
+    ) -> None:
+        self.name, self.reads, self.function, self.steps = name, reads, function, steps
+        self.series = Series()
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts an epoch."""
+        self.start, self.rows = len(self.series), array("q")
+
+    def take(self, at: int, stored: Stored, rows: int) -> None:
+        """Takes a step's value, if the step has what the metric reads."""
+        value = self._value(stored)
+        if value is _ABSENT:
+            return
+        try:
+            self.series.append(at, value)
+        except (RuntimeError, TypeError, ValueError):
+            raise _no_number(self.name, value) from None
+        self.rows.append(rows)
+        self.steps[self.name] = self.series
+
+    def _value(self, stored: Stored) -> Any:
+        if self.function is None:
+            return stored.get(self.name, _ABSENT)
+        if any(name not in stored for name in self.reads):
+            return _ABSENT
+        with torch.no_grad():
+            return self.function(*(_detached(stored[name]) for name in self.reads))
+
+    def result(self) -> dict[str, float]:
+        """The epoch's value by name, over all processes; nothing where no step had any."""
+        values = self.series.values[self.start :]
+        pairs = zip(values, self.rows, strict=True)
+        total = processes.sum(sum(value * rows for value, rows in pairs if rows))
+        rows = processes.sum(sum(self.rows))
+        return {self.name: total / rows} if rows else {}
+
+
+class StateMeter:
+    """A torchmetrics object of one phase."""
+
+    def __init__(self, name: str, reads: tuple[str, ...], metric: Any) -> None:
+        self.name, self.reads, self.metric = name, reads, copy.deepcopy(metric)
+        self.begin()
+
+    def begin(self) -> None:
+        """Starts an epoch."""
+        self.metric.reset()
+        self.taken = False
+
+    def take(self, at: int, stored: Stored, rows: int) -> None:
+        """Takes a step's value, if the step has what the metric reads."""
+        if any(name not in stored for name in self.reads):
+            return
+        values = [_detached(stored[name]) for name in self.reads]
+        if not self.taken and isinstance(values[0], Tensor) and hasattr(self.metric, "to"):
+            self.metric.to(values[0].device)
+        self.taken = True
+        with torch.no_grad():
+            self.metric.update(*values)
+
+    def result(self) -> dict[str, float]:
+        """The epoch's value by name, over all processes; nothing where no step had any."""
+        if not processes.any(self.taken):
+            return {}
+        value = self.metric.compute()
+        values = value if isinstance(value, Mapping) else {self.name: value}
+        return {name: _as_number(name, each) for name, each in values.items()}
+
+
+def count_rows(batch: Any) -> int:
+    """The rows of the first tensor in a nest of tensors; 1 if there is none.
+
+    Examples:
+        >>> count_rows({"images": torch.zeros(7, 3), "labels": torch.zeros(7)})
+        7
+    """
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    rows = first.shape[0] if isinstance(first, Tensor) and first.ndim else _rows(batch)
+    return 1 if rows is None else rows
+
+
+def _rows(batch: Any) -> int | None:
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.ndim else None
+    parts = vars(batch) if hasattr(batch, "__dict__") else batch
+    parts = parts.values() if isinstance(parts, Mapping) else parts
+    if not isinstance(parts, (tuple, list, type({}.values()))):
+        return None
+    return next((rows for rows in map(_rows, parts) if rows is not None), None)
+
+
+def _as_number(name: str, value: Any) -> float:
+    try:
+        return number(value)
+    except (RuntimeError, TypeError, ValueError):
+        raise _no_number(name, value) from None
+
+
+def _no_number(name: str, value: Any) -> TypeError:
+    shape = tuple(value.shape) if isinstance(value, Tensor) else None
+    what = repr(value) if shape is None else f"a tensor of shape {shape}"
+    return TypeError(f"The metric {name!r} should come to one number, and came to {what}.")
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value

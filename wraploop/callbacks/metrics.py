@@ -1,0 +1,187 @@
+"""What each phase's losses and metrics come to, step by step and epoch by epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from wraploop.callback import Callback, on
+from wraploop.callbacks.meters import MeanMeter, StateMeter, count_rows
+from wraploop.callbacks.records import ByPhase, Series
+from wraploop.events import EpochBegin, EpochEnd, StepEnd
+from wraploop.phases import Phase
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+Meter = MeanMeter | StateMeter
+
+
+class PhaseMetrics:
+    """The metrics of one phase.
+
+    Attributes:
+        steps: by name, the value of each step in this process.
+        epochs: by name, the value of each epoch over all processes.
+    """
+
+    def __init__(self) -> None:
+        self.steps: dict[str, Series] = {}
+        self.epochs: dict[str, Series] = {}
+
+    def at_epoch(self, epoch: int) -> dict[str, float]:
+        """What the metrics came to in one epoch, counted from 1, which may be not all of them."""
+        return {
+            name: series.values[series.at.index(epoch)]
+            for name, series in self.epochs.items()
+            if epoch in series.at
+        }
+
+    def __repr__(self) -> str:
+        return f"PhaseMetrics(epochs={self.epochs})"
+
+
+class Metric:
+    """A function of what a step stored, or a torchmetrics object fed with it.
+
+    Args:
+        of: returns a number when called with the values named by `reads`, or has `update`,
+            `compute` and `reset`. Under several processes torchmetrics objects gather their state
+            themselves: where every process has the global batch, a count counts it once for each.
+        name: of the metric; that of the function unless given.
+        phase: the phases in which it is taken.
+        reads: names in `learner.step`. A step without them is passed over.
+
+    Examples:
+        >>> error_rate = Metric(lambda outputs, targets: 1 - accuracy(outputs, targets), "error")
+        >>> error_rate.name
+        'error'
+    """
+
+    def __init__(
+        self,
+        of: Callable[..., Any],
+        name: str = "",
+        *,
+        phase: type[Phase] = Phase,
+        reads: tuple[str, ...] = ("outputs", "targets"),
+    ) -> None:
+        if not callable(of):
+            raise TypeError(f"Expected a function or a torchmetrics object, and got {of!r}.")
+        self.of, self.phase, self.reads = of, phase, reads
+        self.name = name or getattr(of, "__name__", type(of).__name__.lower())
+
+
+class Metrics(Callback):
+    """Takes losses and metrics, in `learner.metrics`: `learner.metrics[TrainingPhase].epochs`.
+
+    The losses that a phase names are always among them. An epoch's value is the mean over its
+    rows, uneven last batches included, over all processes; of a torchmetrics object, what it
+    computes. Steps that were cancelled and epochs that are broken have none.
+
+    Args:
+        metrics: functions of outputs and targets, torchmetrics objects, or `Metric`s.
+        named: the same under names of your choice.
+
+    Raises:
+        ValueError: two have the same name.
+
+    Examples:
+        >>> metrics = Metrics(accuracy, top=Metric(lambda outputs: outputs.max(),
+        ...                                        reads=("outputs",)))
+        >>> metrics.names
+        ['accuracy', 'top']
+    """
+
+    writes = ("metrics",)
+
+    def __init__(self, *metrics: Any, **named: Any) -> None:
+        pairs = [("", each) for each in metrics] + list(named.items())
+        self.metrics = [_metric(each, name) for name, each in pairs]
+        _check_names(self.names)
+        stored = {"batch", "loss", "rows"}.union(*(metric.reads for metric in self.metrics))
+        self.reads = ("history", *(f"step.{name}" for name in sorted(stored)))
+        self._meters: dict[str, list[Meter]] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the metrics, the losses aside."""
+        return [metric.name for metric in self.metrics]
+
+    def attach(self, learner: Learner) -> None:
+        """Starts from nothing."""
+        learner.metrics = ByPhase(PhaseMetrics)
+        self._meters = {}
+
+    @on(EpochBegin)
+    def begin(self, learner: Learner) -> None:
+        """Epoch values start anew."""
+        for meter in self._of_phase(learner):
+            meter.begin()
+
+    @on(StepEnd)
+    def take(self, learner: Learner) -> None:
+        """Takes the step's values."""
+        if learner.step.cancelled:
+            return
+        phase, stored = learner.phase, vars(learner.step)
+        meters = self._meters.get(phase.name) or self._of_phase(learner)
+        at = learner.history[phase].steps
+        rows = stored["rows"] if "rows" in stored else count_rows(stored["batch"])
+        for meter in meters:
+            meter.take(at, stored, rows)
+
+    @on(EpochEnd)
+    def finish(self, learner: Learner) -> None:
+        """Takes the epoch's values."""
+        if learner.running.broken:
+            return
+        at, epochs = learner.history[learner.phase].epochs, learner.metrics[learner.phase].epochs
+        for meter in self._of_phase(learner):
+            for name, value in meter.result().items():
+                epochs.setdefault(name, Series()).append(at, value)
+
+    def _of_phase(self, learner: Learner) -> list[Meter]:
+        phase, steps = learner.phase, learner.metrics[learner.phase].steps
+        if phase.name not in self._meters:
+            metrics = [each for each in self.metrics if isinstance(phase, each.phase)]
+            _check_names([*phase.losses, *(each.name for each in metrics)])
+            losses = [MeanMeter(name, (name,), None, steps) for name in phase.losses]
+            self._meters[phase.name] = [*losses, *(_meter(each, steps) for each in metrics)]
+        return self._meters[phase.name]
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The share of rows whose largest output is that of their target.
+
+    Args:
+        outputs: scores, shape `(B, classes)`.
+        targets: classes, shape `(B,)`, or scores like `outputs`.
+
+    Examples:
+        >>> import torch
+        >>> accuracy(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0])).item()
+        0.5
+    """
+    classes = targets.argmax(1) if targets.ndim == outputs.ndim else targets
+    return (outputs.argmax(1) == classes).double().mean()
+
+
+def _metric(given: Any, name: str) -> Metric:
+    if not isinstance(given, Metric):
+        return Metric(given, name)
+    return Metric(given.of, name or given.name, phase=given.phase, reads=given.reads)
+
+
+def _meter(metric: Metric, steps: dict[str, Series]) -> Meter:
+    if all(hasattr(metric.of, verb) for verb in ("update", "compute", "reset")):
+        return StateMeter(metric.name, metric.reads, metric.of)
+    return MeanMeter(metric.name, metric.reads, metric.of, steps)
+
+
+def _check_names(names: Sequence[str]) -> None:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"Two metrics are called {twice[0]!r}; name one: Metrics(other_name=...).")

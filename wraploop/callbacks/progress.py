@@ -1,0 +1,74 @@
+"""A progress bar for each epoch."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from wraploop import processes
+from wraploop.callback import Callback, on
+from wraploop.callbacks.records import number
+from wraploop.events import EpochBegin, EpochEnd, StepEnd
+
+if TYPE_CHECKING:
+    from wraploop.learner import Epoch, Learner
+
+
+class ProgressBar(Callback):
+    """Shows how far each epoch is, how fast it goes, and the losses; on rank 0.
+
+    Its length is that of the batches that are run over; without one it counts.
+
+    Args:
+        losses_every_s: how often the losses are read, in seconds.
+        options: for `tqdm`, as in `ProgressBar(file=sys.stdout)`.
+    """
+
+    reads = ("history", "step.loss")
+
+    def __init__(self, losses_every_s: float = 0.5, **options: Any) -> None:
+        self.losses_every_s = losses_every_s
+        self.options = {"leave": False, "unit": "step", **options}
+        self._bars: dict[Epoch | None, tqdm[Any]] = {}
+        self._read_s = 0.0
+
+    @on(EpochBegin)
+    def open(self, learner: Learner) -> None:
+        """Opens a bar, on rank 0."""
+        if processes.is_main_process():
+            name = f"{learner.phase.name} {learner.history[learner.phase].epochs + 1}"
+            total = _length(learner.running.batches)
+            self._bars[learner.running] = tqdm(desc=name, total=total, **self.options)
+
+    @on(StepEnd)
+    def advance(self, learner: Learner) -> None:
+        """One step further, if it is a step of the epoch's phase."""
+        bar = self._bars.get(learner.running)
+        if bar is None or learner.phase is not learner.running.phase:
+            return
+        now_s = time.perf_counter()
+        if now_s - self._read_s > self.losses_every_s:
+            self._read_s = now_s
+            bar.set_postfix(_losses(learner), refresh=False)
+        bar.update()
+
+    @on(EpochEnd)
+    def close(self, learner: Learner) -> None:
+        """Closes the bar."""
+        bar = self._bars.pop(learner.running, None)
+        if bar is not None:
+            bar.close()
+
+
+def _length(batches: Any) -> int | None:
+    try:
+        return len(batches)
+    except TypeError:  # no `len`, or a DataLoader over an iterable without one
+        return None
+
+
+def _losses(learner: Learner) -> dict[str, float]:
+    stored = vars(learner.step)
+    return {name: number(stored[name]) for name in learner.phase.losses if name in stored}

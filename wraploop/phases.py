@@ -1,0 +1,172 @@
+"""What one step does: the two standard phases, and what a phase of your own is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from wraploop.events import BackwardBegin, BackwardEnd, LossBegin
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from wraploop.learner import Learner
+
+Batch = Any  # whatever the data yields, as the phase expects it
+
+
+class Phase:
+    """What a step does with a batch; subclasses write `step`.
+
+    `learner.step` holds the step's state: any attribute may be stored there for callbacks, and
+    its losses should be, under the names in `losses`. If the state's rows are not those of the
+    first tensor in the batch, store `learner.step.rows` as well: metrics are weighted by it.
+
+    Attributes:
+        name: under which history and metrics are kept; the class's name unless given.
+        data: the name in `learner.data` of the batches to run over.
+        losses: the attributes of `learner.step` that are losses, 0-dim tensors.
+    """
+
+    name: str = "Phase"
+    data: str = ""
+    losses: tuple[str, ...] = ("loss",)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in vars(cls):
+            cls.name = cls.__name__
+        if isinstance(cls.losses, str):
+            raise TypeError(f"{cls.__name__}.losses is a tuple of names; write ({cls.losses!r},).")
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuses a phase without `step`, and arguments that no `__init__` takes."""
+        if cls.step is Phase.step:
+            raise TypeError(
+                f"{cls.__name__} says nothing about its step. "
+                "Define `def step(self, learner, batch)` in it, or use a subclass that does."
+            )
+        if (args or kwargs) and cls.__init__ is object.__init__:
+            raise TypeError(f"{cls.__name__}() takes no arguments, and got {args or kwargs}.")
+        return super().__new__(cls)
+
+    def step(self, learner: Learner, batch: Batch) -> None:
+        """Runs one step on `batch`, storing in `learner.step` what callbacks should see."""
+        raise NotImplementedError
+
+    def abandon(self, learner: Learner) -> None:
+        """Drops what a step left behind that did not come to its end."""
+
+    def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+        """While open, the modules and the grad mode are as this phase wants them."""
+        return nullcontext()
+
+
+class AbstractTrainingPhase(Phase):
+    """A phase that trains: train mode, gradients on.
+
+    A model that already is in train mode keeps the flags of its parts, so a BatchNorm that was
+    put in eval mode on purpose stays so. Afterwards every flag is what it was.
+    """
+
+    data = "training"
+
+    def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+        """Train mode and gradients."""
+        return _training(list(models))
+
+
+class AbstractValidationPhase(Phase):
+    """A phase that looks: eval mode, no gradients. Afterwards every flag is what it was."""
+
+    data = "validation"
+
+    def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
+        """Eval mode and no gradients."""
+        return _evaluating(list(models))
+
+
+class TrainingPhase(AbstractTrainingPhase):
+    """Supervised training on batches of `(inputs, targets)`.
+
+    A step that is cancelled before its update leaves weights as they were, and no gradients.
+    """
+
+    def step(self, learner: Learner, batch: Batch) -> None:
+        """Forward, loss, backward, update."""
+        state = learner.step
+        state.inputs, state.targets = _pair(self, batch)
+        state.outputs = learner.model(state.inputs)
+        learner.handle(LossBegin())
+        state.loss = learner.loss_fn(state.outputs, state.targets)
+        learner.handle(BackwardBegin())
+        state.loss.backward()
+        learner.handle(BackwardEnd())
+        learner.optimizer.step()
+        learner.optimizer.zero_grad()
+
+    def abandon(self, learner: Learner) -> None:
+        """Drops the gradients, which the next step would add to."""
+        for optimizer in learner.optimizers.values():
+            optimizer.zero_grad()
+
+
+class ValidationPhase(AbstractValidationPhase):
+    """Outputs and loss on batches of `(inputs, targets)`; nothing is changed."""
+
+    def step(self, learner: Learner, batch: Batch) -> None:
+        """Forward and loss."""
+        state = learner.step
+        state.inputs, state.targets = _pair(self, batch)
+        state.outputs = learner.model(state.inputs)
+        learner.handle(LossBegin())
+        state.loss = learner.loss_fn(state.outputs, state.targets)
+
+
+def _pair(phase: Phase, batch: Batch) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise TypeError(
+        f"{phase.name} takes batches of (inputs, targets), and got {_describe(batch)}. "
+        "Let the data yield pairs, or write a phase whose `step` takes such batches."
+    )
+
+
+def _describe(batch: Batch) -> str:
+    if isinstance(batch, torch.Tensor):
+        return f"a tensor of shape {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return f"a {type(batch).__name__} with the keys {list(batch)}"
+    size = f" of length {len(batch)}" if hasattr(batch, "__len__") else ""
+    return f"a {type(batch).__name__}{size}"
+
+
+@contextmanager
+def _training(models: list[nn.Module]) -> Iterator[None]:
+    with _flags_restored(models), torch.enable_grad():
+        for model in models:
+            if not model.training:
+                model.train()
+        yield
+
+
+@contextmanager
+def _evaluating(models: list[nn.Module]) -> Iterator[None]:
+    with _flags_restored(models), torch.no_grad():
+        for model in models:
+            model.eval()
+        yield
+
+
+@contextmanager
+def _flags_restored(models: list[nn.Module]) -> Iterator[None]:
+    flags = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag

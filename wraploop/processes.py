@@ -1,0 +1,118 @@
+"""This process among the others: rank, world size, and agreeing across processes.
+
+Everything here works without a process group too: one process is rank 0 of 1.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import random
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def is_started() -> bool:
+    """Whether this process belongs to a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from 0; as torchrun says while no process group is started."""
+    return dist.get_rank() if is_started() else int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """This process's number on its machine, from 0."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes have joined the process group; 1 without one."""
+    return dist.get_world_size() if is_started() else 1
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and saves."""
+    return rank() == 0
+
+
+def start(timeout_s: float = 300.0) -> None:
+    """Joins the process group that torchrun's environment describes, unless that has been done.
+
+    Run with plain `python` there is no such environment, and one process stays alone.
+    The backend is nccl where there are CUDA devices, else gloo.
+
+    Args:
+        timeout_s: how long a collective waits for the other processes, in seconds.
+    """
+    if is_started() or not all(name in os.environ for name in _LAUNCHED):
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    atexit.register(stop)
+
+
+def device() -> torch.device | None:
+    """The device that is this process's own; None if it has only the CPU."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.device("cuda", local_rank() % torch.cuda.device_count())
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if is_started():
+        dist.destroy_process_group()
+
+
+def any(flag: bool | Tensor) -> bool:  # noqa: A001  reads as `processes.any(...)`
+    """Whether `flag` is true on at least one process; the same answer on all of them."""
+    return bool(sum(float(bool(flag))) > 0)
+
+
+def sum(value: float | Tensor) -> float:  # noqa: A001  reads as `processes.sum(...)`
+    """The sum of `value` over all processes; the same answer on all of them."""
+    number = float(value)
+    if world_size() == 1:
+        return number
+    total = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(total)
+    return total.item()
+
+
+def mean(value: float | Tensor, weight: float = 1.0) -> float:
+    """The mean of `value` over all processes, each weighted by `weight`."""
+    return sum(float(value) * weight) / sum(weight)
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` (anything that pickles), on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def align_random_state() -> None:
+    """Gives every process rank 0's random state: torch's, Python's, and NumPy's if it is loaded."""
+    if world_size() == 1:
+        return
+    numpy = sys.modules.get("numpy")
+    state = broadcast(
+        (torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None)
+    )
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    if numpy and state[2] is not None:
+        numpy.random.set_state(state[2])

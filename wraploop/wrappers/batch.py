@@ -1,0 +1,155 @@
+"""A batch: a nest of tensors, and how its rows are cut into shards.
+
+A nest is a tensor, or a tuple, list, mapping, named tuple or dataclass of nests; whatever else
+stands in it belongs to no shard and goes to all of them as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Nest = Any  # a tensor, or a container of nests; see the module's docstring
+T = TypeVar("T", bound=Nest)
+
+_MARK = "_wraploop_shared"
+
+
+def shared(nest: T) -> T:
+    """Marks the tensors of `nest` as not batched: every shard gets the whole of them.
+
+    Without a wrapper the mark means nothing, so a step may be written with it once and for all.
+    Mark last: what is computed from a marked tensor is not marked.
+
+    Examples:
+        >>> mask = shared(torch.ones(5, 5))
+        >>> bool((mask == 1).all())
+        True
+    """
+
+    def mark(tensor: Tensor, _: str) -> Tensor:
+        alias = tensor.view_as(tensor)
+        setattr(alias, _MARK, True)
+        return alias
+
+    return map_tensors(mark, nest)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether every shard needs the whole of `tensor`: marked so, or without a first axis."""
+    return tensor.ndim == 0 or hasattr(tensor, _MARK)
+
+
+def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
+    """What `nest` contains, each with the way to write it; None if it is no container."""
+    if isinstance(nest, type):
+        return None
+    if dataclasses.is_dataclass(nest):
+        return [(f".{f.name}", getattr(nest, f.name)) for f in dataclasses.fields(nest)]
+    if isinstance(nest, Mapping):
+        return [(f"[{key!r}]", value) for key, value in nest.items()]
+    if isinstance(nest, tuple) and hasattr(nest, "_fields"):
+        return [(f".{name}", value) for name, value in zip(nest._fields, nest, strict=True)]
+    if isinstance(nest, (tuple, list)):
+        return [(f"[{i}]", value) for i, value in enumerate(nest)]
+    return None
+
+
+def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
+    """A container like `nest` that holds `values` instead."""
+    if dataclasses.is_dataclass(nest):
+        new = copy.copy(nest)
+        for field, value in zip(dataclasses.fields(nest), values, strict=True):
+            object.__setattr__(new, field.name, value)
+            if isinstance(new, dict) and field.name in new:  # transformers' ModelOutput is both
+                dict.__setitem__(new, field.name, value)
+        return new
+    if isinstance(nest, dict):
+        new = copy.copy(nest)
+        new.update(zip(nest, values, strict=True))
+        return new
+    if isinstance(nest, Mapping):
+        return type(nest)(dict(zip(nest, values, strict=True)))  # pyright: ignore[reportCallIssue]
+    if hasattr(nest, "_fields"):
+        return type(nest)(*values)
+    return type(nest)(values)
+
+
+def map_tensors(fn: Callable[[Tensor, str], Any], nest: Nest, path: str = "") -> Nest:
+    """`nest` with each tensor replaced by `fn(tensor, path)`, containers rebuilt, the rest kept."""
+    if isinstance(nest, Tensor):
+        return fn(nest, path)
+    children = _children(nest)
+    if not children:
+        return nest
+    values = [map_tensors(fn, child, path + way) for way, child in children]
+    if all(new is old for new, (_, old) in zip(values, children, strict=True)):
+        return nest
+    return _rebuild(nest, values)
+
+
+def leaves_of(nest: Nest, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in `nest` that is no container, with its path, in `map_tensors`' order."""
+    children = None if isinstance(nest, Tensor) else _children(nest)
+    if children is None:
+        yield path, nest
+        return
+    for way, child in children:
+        yield from leaves_of(child, path + way)
+
+
+def tensors_of(nest: Nest) -> list[Tensor]:
+    """The tensors of `nest`, in order."""
+    return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, Tensor)]
+
+
+def with_tensors(nest: Nest, tensors: list[Tensor]) -> Nest:
+    """`nest` with its tensors replaced by `tensors`, which come in the order of `tensors_of`."""
+    replacements = iter(tensors)
+    return map_tensors(lambda *_: next(replacements), nest)
+
+
+def rows_of(nest: Nest) -> int | None:
+    """How many rows the batched tensors of `nest` have; None if there are none of these.
+
+    Raises:
+        ValueError: two of them disagree.
+    """
+    rows, first = None, ""
+    for path, leaf in leaves_of(nest):
+        if not isinstance(leaf, Tensor) or is_shared(leaf):
+            continue
+        if rows is None:
+            rows, first = len(leaf), f"{path} of shape {tuple(leaf.shape)}"
+        elif len(leaf) != rows:
+            raise ValueError(
+                f"The inputs disagree about the number of rows: {first} has {rows}, "
+                f"{path} of shape {tuple(leaf.shape)} has {len(leaf)}. The first axis of an input "
+                "must count the batch's rows. Mark an input that every shard needs whole with "
+                "`wraploop.shared(tensor)`."
+            )
+    return rows
+
+
+def split(rows: int, shards: int) -> list[slice]:
+    """Cuts `rows` rows into `shards` nearly equal runs, in order, as `tensor_split` does.
+
+    Examples:
+        >>> [part.stop - part.start for part in split(7, shards=3)]
+        [3, 2, 2]
+        >>> [part.stop - part.start for part in split(1, shards=2)]
+        [1, 0]
+    """
+    size, longer = divmod(rows, shards)
+    ends = [size * (i + 1) + min(i + 1, longer) for i in range(shards)]
+    return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def zeros_like_rows(tensor: Tensor, rows: int) -> Tensor:
+    """Zeros of the shape of `tensor`, with `rows` rows."""
+    return torch.zeros((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,30 @@
+"""The border around a wrapped module, and the four moves that cross it.
+
+Outside the border a tensor is whole; inside, each shard has its rows of it (what is batched) or all
+of it (what is not). Two pairs of moves cross, each the other's adjoint:
+
+    going in                              coming out
+    scatter: take own rows                gather: all rows, in order
+    share: use the whole in every shard   sum over the shards
+
+So if `whole = gather(parts)`, the derivative with respect to a part is a scatter of the derivative
+with respect to the whole; and if a parameter is shared, its derivative is the sum of the shards'.
+Whatever the step does outside the border, to outputs, inputs or parameters, is done to wholes, as
+without wrapper.
+
+Lanes (`crossing.py`) and processes (`ranks.py`) make these moves in their own ways.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+# "first" is no move of the algebra: shard 0's, for what has no derivative and no mean.
+Move = Literal["scatter", "share", "gather", "sum", "first"]
+
+ADJOINT: dict[Move, Move] = {
+    "scatter": "gather",
+    "gather": "scatter",
+    "share": "sum",
+    "sum": "share",
+}

@@ -1,0 +1,241 @@
+"""Crossing: a map over lanes as one node of the outer autograd graph.
+
+Whole tensors go in by their moves, become leaves of each lane's own graph, outs are computed from
+these by the lane's thread, and come out by their moves. The node's backward differentiates each
+lane's graph with respect to its leaves, which is a map over the lanes again, with the adjoint
+moves (see `border.py`):
+
+    in    the outs' derivatives     (gather -> scatter, sum -> share),  and all that went in before
+    out   the leaves' derivatives   (scatter -> gather, share -> sum)
+
+Under `create_graph` it is run as such a crossing, over the same leaves, so derivatives of every
+order are right. Otherwise it is run at once, with a plain `backward` in each lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from .border import ADJOINT, Move
+from .lanes import LaneGroup
+
+
+class Crossing:
+    """One map over the lanes; see the module's docstring.
+
+    Args:
+        lanes: where it runs.
+        wholes: what goes in.
+        moves_in: how each of `wholes` goes in.
+        leaves: `leaves[lane][i]`, what `wholes[i]` is in the lane: a leaf of the lane's graph.
+        outs: `outs[lane][j]`, computed from the lane's leaves.
+        moves_out: how each out comes out.
+    """
+
+    def __init__(
+        self,
+        lanes: LaneGroup,
+        wholes: Sequence[Tensor],
+        moves_in: Sequence[Move],
+        leaves: list[list[Tensor]],
+        outs: list[list[Tensor | None]],
+        moves_out: Sequence[Move],
+    ) -> None:
+        self.lanes = lanes
+        self.wholes = list(wholes)
+        self.versions = [_version(whole) for whole in wholes]
+        self.moves_in = list(moves_in)
+        self.leaves = leaves
+        self.outs: list[list[Tensor | None]] | None = outs
+        self.moves_out = list(moves_out)
+        self.is_shared = False  # whether another crossing's graph reaches into this one's, or back
+
+    def come_out(self, like: list[Tensor]) -> list[Tensor | None]:
+        """The outs, whole, as differentiable functions of `wholes`.
+
+        Args:
+            like: as for `LaneGroup.come_out`.
+        """
+        outs = self._outs(last=False)
+        parts = [[None if out is None else out.detach() for out in row] for row in outs]
+        wholes = self.lanes.come_out(parts, self.moves_out, like)
+        differentiable = [
+            any(out is not None and out.requires_grad for out in column)
+            for column in zip(*outs, strict=True)
+        ]
+        if not any(differentiable):
+            return wholes
+        return list(_Node.apply(self, wholes, differentiable, *self.wholes))
+
+    def pull_back(
+        self, grads: list[Tensor | None], wanted: list[bool], keep_graph: bool
+    ) -> list[Tensor | None]:
+        """The derivatives with respect to the `wanted` wholes, given those of the outs."""
+        outs = self._outs(last=not keep_graph)
+        given = [j for j, grad in enumerate(grads) if grad is not None]
+        cotangents = self._cotangents(grads, given)
+        # Restricted only where the caller restricts: reentrant checkpointing needs a plain backward.
+        is_restricted = not all(wanted)
+
+        def work(lane: int) -> list[Tensor | None]:
+            leaves = self.leaves[lane]
+            pairs = _differentiable(outs[lane], given, cotangents[lane])
+            if pairs and any(leaf.requires_grad for leaf in leaves):
+                torch.autograd.backward(
+                    [out for out, _ in pairs],
+                    [cotangent for _, cotangent in pairs],
+                    retain_graph=keep_graph or self.is_shared,
+                    inputs=_chosen(leaves, wanted) if is_restricted else None,
+                )
+            return [_take_grad(leaf) for leaf in leaves]
+
+        parts = self.lanes.run(work)
+        moves = [ADJOINT[move] for move in self.moves_in]
+        return self.lanes.come_out(parts, moves, self.leaves[0])
+
+    def pull_back_differentiably(
+        self, grads: list[Tensor | None], wanted: list[bool]
+    ) -> list[Tensor | None]:
+        """As `pull_back`, as differentiable functions of `grads` and of `wholes`."""
+        self._check_versions()
+        self.is_shared = True
+        outs = self._outs(last=False)
+        given = [j for j, grad in enumerate(grads) if grad is not None]
+        asked = [i for i, is_wanted in enumerate(wanted) if is_wanted]
+        cotangents = self._cotangents(grads, given)
+
+        def work(lane: int) -> list[Tensor | None]:
+            leaves = self.leaves[lane]
+            pairs = _differentiable(outs[lane], given, cotangents[lane])
+            into = [i for i in asked if leaves[i].requires_grad]
+            found: dict[int, Tensor | None] = dict.fromkeys(asked)
+            if pairs and into:
+                derivatives = torch.autograd.grad(
+                    [out for out, _ in pairs],
+                    [leaves[i] for i in into],
+                    [cotangent for _, cotangent in pairs],
+                    create_graph=True,
+                    allow_unused=True,
+                )
+                found.update(zip(into, derivatives, strict=True))
+            return list(found.values())
+
+        adjoint = Crossing(
+            self.lanes,
+            [*(grad for grad in grads if grad is not None), *self.wholes],
+            [*(ADJOINT[self.moves_out[j]] for j in given), *self.moves_in],
+            [[*c, *leaves] for c, leaves in zip(cotangents, self.leaves, strict=True)],
+            self.lanes.run(work),
+            [ADJOINT[self.moves_in[i]] for i in asked],
+        )
+        adjoint.is_shared = True  # its graph reaches into this one's
+        derivatives: list[Tensor | None] = [None] * len(wanted)
+        for i, whole in zip(asked, adjoint.come_out([self.leaves[0][i] for i in asked]), strict=True):
+            derivatives[i] = whole
+        return derivatives
+
+    def _outs(self, last: bool) -> list[list[Tensor | None]]:
+        """The outs, which are let go of if this is the last time that they are needed."""
+        if self.outs is None:
+            raise RuntimeError(
+                "Trying to backward through the graph a second time, or directly access saved "
+                "tensors after they have already been freed. Specify retain_graph=True if you need "
+                "to backward through the graph a second time."
+            )
+        outs = self.outs
+        if last:
+            self.outs = None
+        return outs
+
+    def _cotangents(self, grads: list[Tensor | None], given: list[int]) -> list[list[Tensor]]:
+        """For each lane its part of the given derivatives, as leaves of its graph."""
+        wholes = [(grad, ADJOINT[self.moves_out[j]]) for j in given if (grad := grads[j]) is not None]
+        return [
+            [
+                self.lanes.go_in(whole, move, lane).detach().requires_grad_(whole.requires_grad)
+                for whole, move in wholes
+            ]
+            for lane in range(len(self.leaves))
+        ]
+
+    def _check_versions(self) -> None:
+        for whole, version in zip(self.wholes, self.versions, strict=True):
+            if _version(whole) != version:
+                raise RuntimeError(
+                    "one of the variables needed for gradient computation has been modified by an "
+                    f"inplace operation: a tensor of shape {tuple(whole.shape)} that went into a "
+                    f"wrapped module is at version {_version(whole)}; expected version {version}"
+                )
+
+
+class _Node(Function):
+    """The node of a crossing in the outer graph."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        crossing: Crossing,
+        wholes: list[Tensor | None],
+        differentiable: list[bool],
+        *_: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        ctx.crossing = crossing
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(
+            *(w for w, d in zip(wholes, differentiable, strict=True) if w is not None and not d)
+        )
+        return tuple(wholes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        wanted = [_is_wanted(node) for node, _ in ctx.next_functions]
+        if torch.is_grad_enabled():
+            found = ctx.crossing.pull_back_differentiably(list(grads), wanted)
+        else:
+            found = ctx.crossing.pull_back(list(grads), wanted, _keeps_graph())
+        return None, None, None, *found
+
+
+def _is_wanted(node: Any) -> bool:
+    """Whether the running backward goes on into `node`, or could not (None)."""
+    if node is None:
+        return True
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except (AttributeError, RuntimeError):  # a leaf that autograd.grad has been asked for
+        return True
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward was called with `retain_graph=True`."""
+    try:
+        return torch._C._autograd._get_current_graph_task_keep_graph()
+    except AttributeError:
+        return True
+
+
+def _differentiable(
+    outs: list[Tensor | None], given: list[int], cotangents: list[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """The given outs that have a graph, each with its derivative."""
+    pairs = ((outs[j], cotangent) for j, cotangent in zip(given, cotangents, strict=True))
+    return [(out, c) for out, c in pairs if out is not None and out.requires_grad]
+
+
+def _chosen(leaves: list[Tensor], wanted: list[bool]) -> list[Tensor]:
+    chosen = [leaf for leaf, is_wanted in zip(leaves, wanted, strict=True) if is_wanted]
+    return [leaf for leaf in chosen if leaf.requires_grad]
+
+
+def _take_grad(leaf: Tensor) -> Tensor | None:
+    grad, leaf.grad = leaf.grad, None
+    return grad
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

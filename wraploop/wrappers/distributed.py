@@ -1,0 +1,139 @@
+"""DistributedModel: the shards of a batch in processes, one shard each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wraploop import processes
+
+from .batch import Nest, rows_of
+from .call import Call
+from .channel import Channel
+from .rank_runner import RankRunner
+from .wrapper import ModelWrapper, is_transformed
+
+
+class DistributedModel(ModelWrapper):
+    """Runs a module in several processes, launched with torchrun, each on its shard of the batch.
+
+    What it computes is what the module computes: every process passes the same, whole batch and
+    gets the same, whole outputs. Started with plain `python` there is one process, and it works.
+
+    Making it joins the process group that torchrun describes (nccl for CUDA, gloo for the CPU),
+    moves the module to this process's device, gives all processes rank 0's parameters and buffers,
+    and puts their random states in step, so that what the step draws is the same in all.
+
+    Args:
+        module: the module to run.
+        device_ids: this process's device, in a list of one; None is `cuda:LOCAL_RANK` where there
+            is CUDA, else where the module is.
+        process_group: the processes that share the batch; None is all of them.
+        methods: which of its methods besides forward take a batch, and run like forward.
+        sync_batchnorm: whether its batch norms use the statistics of the whole batch.
+        timeout_s: how long to wait for another process, in seconds, before it is an error.
+
+    Raises:
+        ValueError: the processes' modules differ; the message names the first difference.
+
+    Examples:
+        >>> model = DistributedModel(nn.Linear(3, 1))
+        >>> model(torch.ones(8, 3)).shape
+        torch.Size([8, 1])
+    """
+
+    timeout_s: float
+    _process_group: Any
+
+    def __init__(
+        self,
+        module: nn.Module,
+        device_ids: Sequence[int | str | torch.device] | None = None,
+        *,
+        process_group: Any = None,
+        methods: tuple[str, ...] = (),
+        sync_batchnorm: bool = True,
+        timeout_s: float = 300.0,
+    ) -> None:
+        super().__init__(module, methods=methods, sync_batchnorm=sync_batchnorm)
+        if device_ids is not None and len(device_ids) != 1:
+            raise ValueError(
+                f"device_ids takes this process's one device, such as ['cuda:0']; got {device_ids}."
+            )
+        self.timeout_s = timeout_s
+        self._process_group = process_group
+        processes.start(timeout_s)
+        device = device_ids[0] if device_ids else processes.device()
+        if device is not None:
+            module.to(device)
+        channel = self._channel()
+        if channel is not None:
+            check_same_model(module, channel)
+            broadcast(module, channel)
+            processes.align_random_state()
+
+    def _channel(self) -> Channel | None:
+        """The way to the other processes; None if there are none."""
+        if not processes.is_started():
+            return None
+        channel = Channel(self._process_group, self.timeout_s)
+        return channel if channel.world_size > 1 else None
+
+    def _make_runner(self, module: nn.Module, sync_batchnorm: bool) -> RankRunner:
+        channel = self._channel()
+        assert channel is not None
+        return RankRunner(module, sync_batchnorm, channel)
+
+    def _run(self, call: Call) -> Nest:
+        rows = rows_of(call.arguments)
+        if not rows or is_transformed() or self._channel() is None:
+            return call.on(self.module)  # in every process the same, and the whole
+        return self._execution(self._make_runner).run(call, rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_process_group": None}
+
+
+def check_same_model(module: nn.Module, channel: Channel) -> None:
+    """Checks that all processes have modules with the same parameters and buffers, in order.
+
+    Raises:
+        ValueError: on every rank, naming the first rank that differs from rank 0, and where.
+    """
+    described = "\n".join(_described(module))
+    received = channel.exchange("compare models", _bytes(described))
+    texts = [bytes(text.numpy()).decode().split("\n") for text in received]
+    for rank, lines in enumerate(texts):
+        if lines == texts[0]:
+            continue
+        longest = max(len(lines), len(texts[0]))
+        pairs = zip(_padded(texts[0], longest), _padded(lines, longest), strict=True)
+        first, mine = next((a, b) for a, b in pairs if a != b)
+        raise ValueError(
+            f"The processes' models differ. Rank 0 has {first}, where rank {rank} has {mine}. Make "
+            "the same model in every process before wrapping it."
+        )
+
+
+def _described(module: nn.Module) -> list[str]:
+    tensors = [("parameter", *item) for item in module.named_parameters()]
+    tensors += [("buffer", *item) for item in module.named_buffers()]
+    return [f"{kind} {name!r} {tuple(t.shape)} {t.dtype}" for kind, name, t in tensors]
+
+
+def _padded(lines: list[str], length: int) -> list[str]:
+    return lines + ["nothing"] * (length - len(lines))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode() or b"\n"), dtype=torch.uint8)
+
+
+@torch.no_grad()
+def broadcast(module: nn.Module, channel: Channel) -> None:
+    """Gives every process rank 0's parameters and buffers."""
+    for tensor in [*module.parameters(), *module.buffers()]:
+        channel.broadcast(tensor)

@@ -1,0 +1,111 @@
+"""Running a call on lanes: scatter, run, gather."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Nest, is_shared, shared, split, with_tensors
+from .border import Move
+from .call import Call
+from .crossing import Crossing
+from .lanes import LaneGroup, Lanes
+from .noise import Noise
+from .outputs import agreed, check_alike, coming_out
+from .replica import Replica, Replicas, alias, parameters_of
+from .threads import Threads
+
+
+class LaneRunner:
+    """Runs calls of `module` on lanes, and keeps what that needs from call to call.
+
+    Args:
+        module: the module.
+        sync_batchnorm: whether its batch norms use the statistics of the whole batch.
+    """
+
+    def __init__(self, module: nn.Module, sync_batchnorm: bool) -> None:
+        self.module = module
+        self._replicas = Replicas(module, sync_batchnorm, _aliases, own_buffers=True)
+        self._threads = Threads()
+        self._draws: dict[tuple[str, bool], bool] = {}
+
+    def run(self, call: Call, rows: int, lanes: Lanes) -> Nest:
+        """Makes `call`, whose batch has `rows` rows, with a lane for each of `lanes.devices`."""
+        parameters = parameters_of(self.module)
+        replicas = self._replicas.get(parameters, lanes.devices)
+        group = LaneGroup(split(rows, len(lanes.devices)), lanes, self._threads)
+
+        # Scatter
+        inputs = call.inputs
+        moves: list[Move] = ["share" if is_shared(x) else "scatter" for x in inputs]
+        leaves = [
+            [_leaf(group.go_in(x, move, lane), x) for x, move in zip(inputs, moves, strict=True)]
+            for lane in range(len(replicas))
+        ]
+
+        # Run
+        outputs = self._outputs(call, group, replicas, moves, leaves)
+
+        # Gather
+        changes = agreed([replica.changes() for replica in replicas])
+        check_alike(outputs, f"The output of {call.method!r}")
+        parts = [
+            list(coming_out(call, output, changed, group.sizes[lane], group.weights[lane]))
+            for lane, (output, changed) in enumerate(zip(outputs, changes, strict=True))
+        ]
+        crossing = Crossing(
+            group,
+            [*inputs, *parameters],
+            [*moves, *(["share"] * len(parameters))],
+            [[*mine, *replica.leaves] for mine, replica in zip(leaves, replicas, strict=True)],
+            [[tensor for tensor, _ in mine] for mine in parts],
+            [move for _, move in parts[0]],
+        )
+        wholes = crossing.come_out([tensor for tensor, _ in parts[0]])
+        output, changed = with_tensors((outputs[0], changes[0]), wholes)
+        replicas[0].hand_back(changed)
+        return output
+
+    def _outputs(
+        self,
+        call: Call,
+        group: LaneGroup,
+        replicas: list[Replica],
+        moves: list[Move],
+        leaves: list[list[Tensor]],
+    ) -> list[Nest]:
+        """What `call` returns in each lane."""
+        state = (call.method, self.module.training)
+        noise = Noise(len(replicas)) if self._draws.get(state, True) else None
+
+        def work(lane: int) -> Nest:
+            inputs = [
+                shared(leaf) if move == "share" else leaf
+                for leaf, move in zip(leaves[lane], moves, strict=True)
+            ]
+            with noise.lane(lane) if noise else nullcontext():
+                return call.on(replicas[lane].module, inputs)
+
+        before = None if noise else torch.get_rng_state()
+        outputs = group.run(work)
+        if noise:
+            self._draws[state] = noise.drawn
+        elif not torch.equal(before, torch.get_rng_state()):
+            self._draws[state] = True
+        return outputs
+
+
+def _aliases(
+    parameters: list[Tensor], device: torch.device | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [alias(parameter, device) for parameter in parameters], []
+
+
+def _leaf(part: Tensor, whole: Tensor) -> Tensor:
+    """`part`, as a leaf of a lane's graph if `whole` takes part in the outer graph."""
+    if not whole.requires_grad:
+        return part
+    return part.detach().requires_grad_(torch.is_grad_enabled())

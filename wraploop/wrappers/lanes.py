@@ -1,0 +1,208 @@
+"""Lanes: the shards of one process, each run by a thread of its own.
+
+    calling thread   lane 0 ──────────────┐
+    worker 1         lane 1 ───────────┐  │   wait for all, then go on
+    worker 2         lane 2 ────────┐  │  │
+
+On CPU the autograd engine runs a backward in the thread that calls it, so a backward is parallel
+when each lane differentiates its own graph in its own thread. Sums over lanes are taken in the
+order of the lanes, so that every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from . import shard as shards
+from .batch import zeros_like_rows
+from .border import Move
+from .shard import Shard
+from .threads import Disagreement, Threads
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """Where the lanes of one pass meet to sum: everybody brings a tensor and takes the total."""
+
+    def __init__(self, lanes: int, parent: Shard | None) -> None:
+        self._parent = parent
+        self._brought: list[Tensor | None] = [None] * lanes
+        self._missing = lanes
+        self._round = 0
+        self._ended = False
+        self._changed = threading.Condition()
+
+    def total(self, lane: int, tensor: Tensor) -> Tensor:
+        """The sum of what all lanes bring, in the order of the lanes."""
+        with self._changed:
+            this_round = self._round
+            self._brought[lane] = tensor
+            self._missing -= 1
+            if self._missing == 0:
+                self._sum_up()
+            self._changed.wait_for(lambda: self._round != this_round or self._ended)
+            if self._round == this_round:
+                raise Disagreement(
+                    "A shard waits for a statistic of the whole batch (BatchNorm, batch_mean) that "
+                    "another shard has not computed: the module must use the same such layers for "
+                    "every row."
+                )
+            return self._sum.to(tensor.device, copy=True)
+
+    def _sum_up(self) -> None:
+        brought = [tensor for tensor in self._brought if tensor is not None]
+        total = brought[0]
+        for tensor in brought[1:]:
+            total = total + tensor.to(total.device)
+        self._sum = self._parent.total(total) if self._parent else total
+        self._missing = len(self._brought)
+        self._round += 1
+        self._changed.notify_all()
+
+    def leave(self) -> None:
+        """Says that a lane is through; whoever waits for it now, or will, gets an error."""
+        with self._changed:
+            self._ended = True
+            self._changed.notify_all()
+
+
+class Lane(Shard):
+    """One lane of a `LaneGroup`, as the module running in it sees it."""
+
+    def __init__(self, group: LaneGroup, index: int, rows: int) -> None:
+        self.group = group
+        self.index = index
+        self.rows = rows
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return self.group.meeting.total(self.index, tensor)
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Where lanes run.
+
+    Attributes:
+        devices: one for each lane; None is where the module is.
+        output_device: where outputs are put together; None is where they are.
+        operator_threads: how many threads each lane's operators use; None leaves it alone.
+    """
+
+    devices: Sequence[torch.device | None]
+    output_device: torch.device | None = None
+    operator_threads: int | None = None
+
+
+class LaneGroup:
+    """The lanes that one batch goes through, in forward and again in backward.
+
+    Args:
+        rows: the run of rows of each lane; none is empty.
+        lanes: where they run.
+        threads: who runs them.
+
+    Attributes:
+        sizes: how many rows each lane has.
+        weights: each lane's share of all rows.
+    """
+
+    def __init__(self, rows: list[slice], lanes: Lanes, threads: Threads) -> None:
+        self._rows = rows
+        self.sizes = [part.stop - part.start for part in rows]
+        self.weights = [size / sum(self.sizes) for size in self.sizes]
+        self._where = lanes
+        self._threads = threads
+        self._parent = shards.current()
+        # While an outer shard runs a borrowed row, no row is this group's own.
+        owned = self._parent is None or self._parent.rows > 0
+        self._lanes = [Lane(self, i, size if owned else 0) for i, size in enumerate(self.sizes)]
+        self.meeting = Meeting(len(rows), self._parent)
+
+    def run(self, work: Callable[[int], T]) -> list[T]:
+        """`work(lane)` of every lane, at the same time; the results in order.
+
+        Raises:
+            Exception: what the first failing lane raised, when all lanes have ended.
+        """
+        self.meeting = Meeting(len(self._lanes), self._parent)
+        pieces = [partial(self._run_lane, work, lane) for lane in self._lanes]
+        return self._threads.run(pieces, self._where.operator_threads)
+
+    def _run_lane(self, work: Callable[[int], T], lane: Lane) -> T:
+        meeting = self.meeting
+        try:
+            with shards.running(lane):
+                return work(lane.index)
+        except Exception as error:
+            size, lanes = self.sizes[lane.index], len(self.sizes)
+            shards.note(error, f"shard {lane.index} of {lanes}, which has {size} rows")
+            raise
+        finally:
+            meeting.leave()
+
+    def go_in(self, whole: Tensor, move: Move, lane: int) -> Tensor:
+        """What `lane` gets of `whole`: its rows ("scatter") or all of it ("share")."""
+        part = whole[self._rows[lane]] if move == "scatter" else whole
+        device = self._where.devices[lane]
+        return part if device is None else part.to(device, non_blocking=True)
+
+    def come_out(
+        self, parts: list[list[Tensor | None]], moves: Sequence[Move], like: list[Tensor]
+    ) -> list[Tensor | None]:
+        """Whole tensors from the lanes' parts.
+
+        Args:
+            parts: `parts[lane][i]`; None counts as zeros.
+            moves: for each `i`, whether the whole is all rows ("gather") or the sum ("sum").
+            like: for each `i` a tensor of the shape and dtype of lane 0's part.
+
+        Returns:
+            For each `i` the whole; None where every lane's part is None.
+        """
+        columns = [[self._home(part) for part in column] for column in zip(*parts, strict=True)]
+        wholes: list[Tensor | None] = [None] * len(columns)
+        sums = []
+        for i, (column, move) in enumerate(zip(columns, moves, strict=True)):
+            if all(part is None for part in column):
+                continue
+            if move == "first":
+                wholes[i] = column[0]
+            elif move == "gather":
+                wholes[i] = torch.cat(self._without_gaps(column, like[i]))
+            else:
+                sums.append(i)
+        for i, total in zip(sums, _sums([columns[i] for i in sums]), strict=True):
+            wholes[i] = total
+        return wholes
+
+    def _home(self, part: Tensor | None) -> Tensor | None:
+        if part is None or self._where.output_device is None:
+            return part
+        return part.to(self._where.output_device, non_blocking=True)
+
+    def _without_gaps(self, column: list[Tensor | None], like: Tensor) -> list[Tensor]:
+        device = next(part.device for part in column if part is not None)
+        return [
+            zeros_like_rows(like, size).to(device) if part is None else part
+            for part, size in zip(column, self.sizes, strict=True)
+        ]
+
+
+def _sums(columns: list[list[Tensor | None]]) -> list[Tensor]:
+    """The sum of each column, in its order, without what is None."""
+    present = [[part for part in column if part is not None] for column in columns]
+    totals = [column[0] for column in present]
+    for lane in range(1, max(map(len, present), default=0)):
+        rest = [i for i, column in enumerate(present) if len(column) > lane]
+        added = torch._foreach_add([totals[i] for i in rest], [present[i][lane] for i in rest])
+        for i, total in zip(rest, added, strict=True):
+            totals[i] = total
+    return totals

@@ -1,0 +1,128 @@
+"""What the shards' outputs say about how they come out of the border."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .batch import Nest, leaves_of, tensors_of
+from .border import Move
+from .call import Call
+from .replica import Change, Place
+
+_ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
+
+
+def move_out(tensor: Tensor, rows: int, where: str) -> Move:
+    """How an output of a shard that ran `rows` rows becomes whole.
+
+    Args:
+        tensor: the output: with `rows` rows, or 0-dimensional.
+        rows: how many rows went into the shard.
+        where: what to call the output in an error.
+
+    Raises:
+        ValueError: it is neither.
+        TypeError: it is a 0-dimensional integer, of which there is no mean.
+    """
+    if tensor.ndim > 0:
+        if len(tensor) != rows:
+            raise ValueError(
+                f"{where} has shape {tuple(tensor.shape)} where {rows} rows went in: its first "
+                "axis does not count the batch's rows, so the shards' parts cannot be put together "
+                "to what the whole batch gives. Return it with one row for each row of the batch."
+            )
+        return "gather"
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise TypeError(
+            f"{where} is a 0-dimensional {tensor.dtype}: of 0-dimensional outputs the shards' mean "
+            "is taken, which needs a floating dtype. Return it as a float or with one row for each "
+            "row of the batch."
+        )
+    return "sum"
+
+
+def coming_out(
+    call: Call, output: Nest, changes: dict[Place, Change], rows: int, weight: float
+) -> Iterator[tuple[Tensor, Move]]:
+    """The tensors of a shard's output, then of its changes, each with the way it comes out.
+
+    Args:
+        call: what was called.
+        output: what it returned.
+        changes: what it set on its modules, see `Replica.changes`.
+        rows: how many rows the shard ran.
+        weight: the shard's share of all rows.
+    """
+    for path, leaf in leaves_of(output):
+        if isinstance(leaf, Tensor):
+            move = move_out(leaf, rows, f"The output{path} of {call.method!r}")
+            yield leaf * weight if move == "sum" else leaf, move
+    for change in changes.values():
+        for leaf in tensors_of(change.value):
+            if change.is_agreed:
+                yield leaf, "first"
+            elif leaf.ndim > 0 and len(leaf) == rows and not change.is_buffer:
+                yield leaf, "gather"
+            elif leaf.is_floating_point() or leaf.is_complex():
+                yield leaf * weight, "sum"
+            else:
+                yield leaf, "first"
+
+
+def agreed(changes: list[dict[Place, Change]]) -> list[dict[Place, Change]]:
+    """The changes that every shard has made, and in the same form."""
+    kept = [
+        place
+        for place, first in changes[0].items()
+        if all(place in other and _same_form(first, other[place]) for other in changes[1:])
+    ]
+    return [{place: mine[place] for place in kept} for mine in changes]
+
+
+def _same_form(a: Change, b: Change) -> bool:
+    mine, other = tensors_of(a.value), tensors_of(b.value)
+    return len(mine) == len(other) and all(map(_alike, mine, other))
+
+
+def check_alike(outputs: Sequence[Nest], where: str) -> None:
+    """Checks that all shards have returned the same nest, but for the tensors' values.
+
+    Raises:
+        TypeError: something that is neither tensor nor plain value is in it.
+        ValueError: the shards' nests differ.
+    """
+    first = list(leaves_of(outputs[0]))
+    for path, leaf in first:
+        if not isinstance(leaf, (Tensor, *_ATOMS)) and not callable(leaf):
+            raise TypeError(
+                f"{where}{path} is a {type(leaf).__name__}, which cannot be put together from the "
+                "shards' parts. Return tensors, in tuples, lists, dicts, named tuples or "
+                "dataclasses."
+            )
+    for output in outputs[1:]:
+        others = list(leaves_of(output))
+        for (path, mine), (other_path, other) in zip(first, others, strict=False):
+            if path != other_path or not _alike(mine, other):
+                raise ValueError(
+                    f"{where} differs between shards: {path or 'it'} is {_describe(mine)} in one, "
+                    f"{other_path or 'it'} is {_describe(other)} in another. Return values that "
+                    "depend on the rows as tensors with one row for each row of the batch."
+                )
+        if len(first) != len(others):
+            raise ValueError(f"{where} has {len(first)} parts in one shard, {len(others)} in another.")
+
+
+def _alike(mine: Any, other: Any) -> bool:
+    if isinstance(mine, Tensor) or isinstance(other, Tensor):
+        return type(mine) is type(other) and mine.ndim == other.ndim and mine.dtype == other.dtype
+    return bool(mine is other or mine == other)
+
+
+def _describe(leaf: Any) -> str:
+    if isinstance(leaf, Tensor):
+        return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}"
+    return repr(leaf)

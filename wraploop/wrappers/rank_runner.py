@@ -1,0 +1,94 @@
+"""Running a call on this process's shard: scatter, run, gather."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .batch import Nest, is_shared, shared, tensors_of, with_tensors
+from .border import Move
+from .call import Call
+from .channel import Channel, PeerError, fingerprint
+from .noise import own_noise
+from .outputs import check_alike, coming_out
+from .ranks import Rank, come_out, go_in
+from .replica import Replica, Replicas, parameters_of
+from .shard import note, running
+
+
+class RankRunner:
+    """Runs calls of `module` on this process's shard, and keeps what that needs between calls.
+
+    Args:
+        module: the module.
+        sync_batchnorm: whether its batch norms use the statistics of the whole batch.
+        channel: the way to the other processes.
+    """
+
+    def __init__(self, module: nn.Module, sync_batchnorm: bool, channel: Channel) -> None:
+        self.module = module
+        self._channel = channel
+        self._name = type(module).__name__
+        self._replicas = Replicas(module, sync_batchnorm, self._go_in, own_buffers=False)
+
+    def run(self, call: Call, rows: int) -> Nest:
+        """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
+        rank = Rank(self._channel, rows, f"{self._name}.{call.method}")
+        try:
+            return self._run(call, rank)
+        except PeerError:
+            raise
+        except Exception as error:
+            note(error, f"rank {self._channel.rank}, which has {rank.rows} of {rows} rows")
+            self._channel.fail(error)
+            raise
+
+    def _run(self, call: Call, rank: Rank) -> Nest:
+        # Scatter
+        inputs = call.inputs
+        moves: list[Move] = ["share" if is_shared(x) else "scatter" for x in inputs]
+        self._channel.agree("batch", [fingerprint(x) for x in inputs])
+        replica = self._replicas.get(parameters_of(self.module), [None])[0]
+        tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
+        taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
+
+        # Run
+        with running(rank), own_noise(self._channel.rank) as noise:
+            output = call.on(replica.module, taken)
+        rank.drew = noise.drew
+
+        # Gather
+        check_alike([output], f"The output of {call.method!r}")
+        changes = replica.changes()
+        out = list(coming_out(call, output, changes, rank.size, rank.weight))
+        tensors = [tensor for tensor, _ in out]
+        wholes = come_out(
+            rank,
+            self._description(call, output),
+            tensors,
+            [move for _, move in out],
+            tensors,
+            [*replica.tokens, *tokens],
+        )
+        if rank.drew:
+            torch.rand(1)  # so that the next call draws other numbers, on every rank
+        output, changed = with_tensors((output, changes), wholes)
+        replica.hand_back(changed)
+        return output
+
+    def _go_in(
+        self, parameters: list[Tensor], _: torch.device | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """What the replica has for `parameters`, and tokens."""
+        rank = Rank(self._channel, 0, self._name)
+        moves: list[Move] = ["share"] * len(parameters)
+        tokens, leaves = go_in(rank, "the gradients of the parameters", parameters, moves, borrow=True)
+        return leaves, tokens
+
+    def _description(self, call: Call, output: Nest) -> str:
+        """What this rank has run, to be the same on every rank."""
+        mode = "training" if self.module.training else "evaluation"
+        grad = "" if torch.is_grad_enabled() else ", no grad"
+        shapes = [tuple(x.shape) for x in call.inputs]
+        returned = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors_of(output)]
+        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}"

@@ -1,0 +1,76 @@
+"""The shard that the calling thread runs, and the sum over all shards.
+
+Inside a wrapped module every tensor is one shard's. What a layer needs to know of the whole batch
+it gets by one move, the sum over the shards. Its adjoint is itself: if every shard uses
+`S = x_1 + ... + x_n`, the derivative with respect to `x_i` is the sum over the shards of the
+derivatives with respect to their `S`. So the backward below is written with the function itself,
+and derivatives of every order are right.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+
+_local = threading.local()
+
+
+class Shard(ABC):
+    """One of the parts that a batch has been cut into, as the module running on it sees it.
+
+    Attributes:
+        rows: how many rows of the batch are this shard's own; 0 while it runs a borrowed one.
+    """
+
+    rows: int
+
+    @abstractmethod
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all shards' `tensor`. Every shard must call it, in the same order."""
+
+
+def current() -> Shard | None:
+    """The shard that this thread runs; None outside of every wrapper."""
+    return getattr(_local, "shard", None)
+
+
+@contextmanager
+def running(shard: Shard | None) -> Iterator[None]:
+    """Makes `shard` the current one."""
+    before = current()
+    _local.shard = shard
+    try:
+        yield
+    finally:
+        _local.shard = before
+
+
+def note(error: BaseException, where: str) -> None:
+    """Adds to `error`, whose type stays what it was, in which shard it was raised."""
+    text = f"Raised in {where}."
+    if hasattr(error, "add_note"):
+        error.add_note(text)  # pyright: ignore[reportAttributeAccessIssue]  Python 3.11
+    elif error.args and isinstance(error.args[0], str):
+        error.args = (f"{error.args[0]}\n{text}", *error.args[1:])
+
+
+class _SumOverShards(Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Shard, tensor: Tensor) -> Tensor:
+        ctx.shard = shard
+        return shard.total(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
+        return None, sum_over_shards(ctx.shard, grads[0])
+
+
+def sum_over_shards(shard: Shard, tensor: Tensor) -> Tensor:
+    """The sum of all shards' `tensor`, differentiable to every order."""
+    return _SumOverShards.apply(shard, tensor)

@@ -1,0 +1,57 @@
+"""ThreadedCPUParallel: the shards of a batch in threads of this process."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .batch import Nest, rows_of
+from .call import Call
+from .lane_runner import LaneRunner
+from .lanes import Lanes
+from .wrapper import ModelWrapper, is_transformed
+
+
+class ThreadedCPUParallel(ModelWrapper):
+    """Runs a module on the CPU with a thread for each shard of the batch, forward and backward.
+
+    What it computes is what the module computes.
+
+    Args:
+        module: the module to run.
+        threads: how many shards run at once.
+        methods: which of its methods besides forward take a batch, and run like forward.
+        sync_batchnorm: whether its batch norms use the statistics of the whole batch.
+
+    Examples:
+        >>> model = ThreadedCPUParallel(nn.Linear(3, 1), threads=2)
+        >>> model(torch.ones(8, 3)).shape
+        torch.Size([8, 1])
+    """
+
+    threads: int | Literal["auto"]
+
+    def __init__(
+        self,
+        module: nn.Module,
+        threads: int | Literal["auto"] = "auto",
+        *,
+        methods: tuple[str, ...] = (),
+        sync_batchnorm: bool = True,
+    ) -> None:
+        super().__init__(module, methods=methods, sync_batchnorm=sync_batchnorm)
+        if threads != "auto" and (not isinstance(threads, int) or threads < 1):
+            raise ValueError(f'threads must be a positive integer or "auto"; got {threads!r}.')
+        self.threads = threads
+
+    def _run(self, call: Call) -> Nest:
+        rows = rows_of(call.arguments)
+        threads = torch.get_num_threads() if self.threads == "auto" else self.threads
+        lanes = min(threads, rows or 0)
+        if lanes < 2 or is_transformed():
+            return call.on(self.module)
+        operator_threads = max(1, torch.get_num_threads() // lanes)
+        where = Lanes([None] * lanes, operator_threads=operator_threads)
+        return self._execution(LaneRunner).run(call, rows or 0, where)

@@ -1,0 +1,149 @@
+"""Threads that outlive a call, and what of torch's state must be carried into them.
+
+Grad mode, inference mode, autocast, default device, torch-function modes, saved-tensor hooks and
+the number of operator threads are kept per thread by torch: a new thread has none of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from contextvars import Context, copy_context
+from functools import partial
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+T = TypeVar("T")
+
+
+class Disagreement(RuntimeError):
+    """A piece of work waited for another that had ended; which may itself have failed."""
+
+
+class Threads:
+    """Worker threads that outlive a call. The calling thread does the first piece of work."""
+
+    def __init__(self) -> None:
+        self._workers: list[_Worker] = []
+        self._busy = threading.Lock()
+
+    def run(self, work: list[Callable[[], T]], operator_threads: int | None) -> list[T]:
+        """Does all pieces of work at the same time; the results in order.
+
+        Args:
+            work: the pieces.
+            operator_threads: how many threads each piece's operators may use; None: no limit.
+        """
+        if not self._busy.acquire(blocking=False):  # two steps at once: the second gets its own
+            return Threads().run(work, operator_threads)
+        before = torch.get_num_threads()
+        try:
+            while len(self._workers) < len(work) - 1:
+                self._workers.append(_Worker(len(self._workers) + 1))
+            enter = _surroundings(operator_threads)
+            tasks = [_Task(partial(_inside, enter, copy_context(), piece)) for piece in work[1:]]
+            for worker, task in zip(self._workers, tasks, strict=False):
+                worker.tasks.put(task)
+            first = _Task(work[0])
+            if operator_threads is not None:
+                torch.set_num_threads(operator_threads)
+            first.do()
+            return _results([first, *tasks])
+        finally:
+            if operator_threads is not None:
+                torch.set_num_threads(before)
+            self._busy.release()
+
+
+class _Task:
+    """A piece of work, done once, and what became of it."""
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self._work: Callable[[], Any] | None = work
+        self._ended = threading.Lock()
+        self._ended.acquire()
+        self.result: Any = None
+        self.error: BaseException | None = None
+
+    def do(self) -> None:
+        work, self._work = self._work, None
+        try:
+            assert work is not None
+            self.result = work()
+        except BaseException as error:
+            self.error = error
+        finally:
+            del work
+            self._ended.release()
+
+    def wait(self) -> None:
+        self._ended.acquire()
+
+
+def _results(tasks: list[_Task]) -> list[Any]:
+    for task in tasks:
+        task.wait()
+    errors = [task.error for task in tasks if task.error is not None]
+    try:
+        for error in errors:
+            if not isinstance(error, Disagreement):  # which may only follow from another's failure
+                raise error
+        if errors:
+            raise errors[0]
+        return [task.result for task in tasks]
+    finally:
+        del errors
+
+
+class _Worker(threading.Thread):
+    def __init__(self, number: int) -> None:
+        super().__init__(name=f"wraploop-lane-{number}", daemon=True)
+        self.tasks: SimpleQueue[_Task] = SimpleQueue()
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            self.tasks.get().do()
+
+
+def _inside(enter: Callable[[ExitStack], None], context: Context, work: Callable[[], T]) -> T:
+    with ExitStack() as stack:
+        enter(stack)
+        return context.run(work)
+
+
+def _surroundings(operator_threads: int | None) -> Callable[[ExitStack], None]:
+    """What the calling thread has set that torch keeps per thread, to be entered by another."""
+    devices = [d for d in ("cpu", _accelerator()) if d]
+    casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
+    cache = torch.is_autocast_cache_enabled()
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    modes = _get_current_function_mode_stack()
+    saved = torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+    def enter(stack: ExitStack) -> None:
+        if operator_threads is not None:
+            torch.set_num_threads(operator_threads)
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for device, dtype, enabled in casts:
+            if enabled or torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, dtype, enabled, cache))
+        for mode in modes:
+            stack.enter_context(
+                DeviceContext(mode.device) if isinstance(mode, DeviceContext) else mode
+            )
+        if saved is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*saved))
+
+    return enter
+
+
+def _accelerator() -> str | None:
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return found.type if found else None

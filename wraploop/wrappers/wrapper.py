@@ -1,0 +1,177 @@
+"""The contract of every wrapper, and the way of a batch through it.
+
+A wrapper changes where a model runs, never what it computes: for any step written against `model`,
+the same step against `Wrapper(model)` gives the same outputs, the same gradients and the same
+parameters, up to the order of summation.
+
+    wrapper(x) ── Call ── scatter ── run on each shard ── gather ── outputs, whole
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import nn
+
+from .batch import Nest, tensors_of
+from .call import Call
+from .replica import EXECUTION
+
+
+@functools.cache
+def _own_names(cls: type[ModelWrapper]) -> frozenset[str]:
+    """The attributes that wrappers of class `cls` have of their own, as their classes declare."""
+    classes = (c for c in cls.__mro__ if issubclass(c, ModelWrapper))
+    return frozenset(name for c in classes for name in (*vars(c).get("__annotations__", ()), *vars(c)))
+
+
+class Execution(Protocol):
+    """What a wrapper keeps for running a module."""
+
+    module: nn.Module
+
+
+E = TypeVar("E", bound=Execution)
+
+
+def is_transformed() -> bool:
+    """Whether the call is being traced or transformed (compile, torch.func, forward-mode AD).
+
+    What transforms a call sees this thread only, so the module has to run in it, on whole tensors.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+class ModelWrapper(nn.Module):
+    """A module that runs another one elsewhere.
+
+    From outside it is the module: the same parameters, `state_dict` keys and attributes.
+
+    Args:
+        module: the module to run. It stays what it is; `wrapper.module` is it.
+        methods: which of its methods besides forward take a batch, and run like forward.
+        sync_batchnorm: whether its batch norms use the statistics of the whole batch.
+    """
+
+    module: nn.Module
+    methods: tuple[str, ...]
+    sync_batchnorm: bool
+    training: bool
+
+    def __init__(
+        self, module: nn.Module, *, methods: tuple[str, ...] = (), sync_batchnorm: bool = True
+    ) -> None:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{type(self).__name__} wraps a torch.nn.Module; got {module!r}.")
+        if isinstance(methods, str):
+            methods = (methods,)
+        for name in methods:
+            if not callable(getattr(module, name, None)):
+                raise ValueError(
+                    f"{type(module).__name__} has no method {name!r}, named in methods={methods}."
+                )
+        super().__init__()
+        self.module = module
+        self.methods = tuple(methods)
+        self.sync_batchnorm = sync_batchnorm
+        self.training = module.training
+
+    @abstractmethod
+    def _run(self, call: Call) -> Nest:
+        """Makes `call` on the module, on shards of its batch."""
+
+    def _execution(self, make: Callable[[nn.Module, bool], E]) -> E:
+        """What this wrapper keeps for running its module, made when there is none for it yet."""
+        kept = self.__dict__.get(EXECUTION)
+        if kept is None or kept.module is not self.module:
+            kept = self.__dict__[EXECUTION] = make(self.module, self.sync_batchnorm)
+        return kept
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the module's forward on shards of the batch.
+
+        Args:
+            args: nests of tensors, of which the first axis counts the batch's rows.
+            kwargs: the same.
+
+        Returns:
+            What the module returns for the whole batch.
+
+        Raises:
+            ValueError: inputs disagree about the number of rows, or an output has other rows.
+        """
+        return self._run(Call("forward", args, kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "module":
+                raise
+        value = getattr(self.module, name)
+        if name in self.methods:
+            return lambda *args, **kwargs: self._run(Call(name, args, kwargs))
+        if getattr(value, "__self__", None) is self.module:
+            return self._guarded(name, value)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        inner = self.__dict__.get("_modules", {}).get("module")
+        if inner is None or name in _own_names(type(self)) or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
+
+    def _guarded(self, name: str, method: Any) -> Any:
+        """The module's `method`, which may not take tensors: it would run on the whole batch."""
+
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if tensors_of((args, kwargs)):
+                raise TypeError(
+                    f"{name!r} was called with tensors, on a wrapped {type(self.module).__name__}. "
+                    f"If it takes a batch, name it when wrapping: {type(self).__name__}(model, "
+                    f"methods=({name!r},)), and it runs like forward. If not, call "
+                    f"`wrapper.module.{name}(...)`."
+                )
+            return method(*args, **kwargs)
+
+        return guarded
+
+    # From outside, the module
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The wrapper, then the module's own modules under their own names."""
+        memo = set() if memo is None else memo
+        if self in memo:
+            return
+        if remove_duplicate:
+            memo.add(self)
+        yield prefix, self
+        yield from self.module.named_modules(memo, prefix, remove_duplicate)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's state, under the module's own keys."""
+        return self.module.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads a state that the module could load."""
+        return self.module.load_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Called by a module that contains this one: `load_state_dict` goes by attribute names."""
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != EXECUTION}
