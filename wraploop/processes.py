@@ -75,12 +75,12 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def any(flag: bool | Tensor) -> bool:  # noqa: A001  reads as `processes.any(...)`
+def any(flag: bool | Tensor) -> bool:
     """Whether `flag` is true on at least one process; the same answer on all of them."""
     return bool(sum(float(bool(flag))) > 0)
 
 
-def sum(value: float | Tensor) -> float:  # noqa: A001  reads as `processes.sum(...)`
+def sum(value: float | Tensor) -> float:
     """The sum of `value` over all processes; the same answer on all of them."""
     number = float(value)
     if world_size() == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -108,7 +108,7 @@ def tensors_of(nest: Nest) -> list[Tensor]:
     return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, Tensor)]
 
 
-def with_tensors(nest: Nest, tensors: list[Tensor]) -> Nest:
+def with_tensors(nest: Nest, tensors: Sequence[Tensor | None]) -> Nest:
     """`nest` with its tensors replaced by `tensors`, which come in the order of `tensors_of`."""
     replacements = iter(tensors)
     return map_tensors(lambda *_: next(replacements), nest)

@@ -52,6 +52,11 @@ class GlobalBatchNorm(_BatchNorm):
     """A batch norm that normalises with the statistics of the whole batch."""
 
     def forward(self, input: Tensor) -> Tensor:
+        """As `torch.nn.BatchNorm2d` and its like, for the whole batch.
+
+        Raises:
+            ValueError: the batch has one value per channel.
+        """
         of_this_batch = self.training or self.running_mean is None
         if current() is None or not of_this_batch:
             return super().forward(input)

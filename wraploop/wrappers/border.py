@@ -17,14 +17,25 @@ Lanes (`crossing.py`) and processes (`ranks.py`) make these moves in their own w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 # "first" is no move of the algebra: shard 0's, for what has no derivative and no mean.
 Move = Literal["scatter", "share", "gather", "sum", "first"]
 
-ADJOINT: dict[Move, Move] = {
+_ADJOINT: dict[Move, Move] = {
     "scatter": "gather",
     "gather": "scatter",
     "share": "sum",
     "sum": "share",
 }
+
+
+def adjoints(moves: Iterable[Move]) -> list[Move]:
+    """The moves that derivatives make, where tensors make `moves`.
+
+    Examples:
+        >>> adjoints(["scatter", "share", "gather", "sum"])
+        ['gather', 'sum', 'scatter', 'share']
+    """
+    return [_ADJOINT[move] for move in moves]

@@ -167,7 +167,9 @@ class Frame:
         failed, text, facts, length = _HEAD.unpack_from(raw)
         end = _HEAD.size + text
         values = struct.unpack_from(f"<{facts}d", raw, end)
-        return cls(raw[_HEAD.size : end].decode(errors="replace"), list(values), length, bool(failed))
+        return cls(
+            raw[_HEAD.size : end].decode(errors="replace"), list(values), length, bool(failed)
+        )
 
     def _head(self) -> bytes:
         text, facts = self.text.encode()[:_MOST_TEXT], self.facts[:_MOST_FACTS]

@@ -14,14 +14,16 @@ order are right. Otherwise it is run at once, with a plain `backward` in each la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .border import ADJOINT, Move
+from .border import Move, adjoints
+from .internals import is_wanted, keeps_graph
 from .lanes import LaneGroup
 
 
@@ -35,6 +37,9 @@ class Crossing:
         leaves: `leaves[lane][i]`, what `wholes[i]` is in the lane: a leaf of the lane's graph.
         outs: `outs[lane][j]`, computed from the lane's leaves.
         moves_out: how each out comes out.
+
+    Attributes:
+        on_backward: told how many seconds a backward has taken.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class Crossing:
         self.leaves = leaves
         self.outs: list[list[Tensor | None]] | None = outs
         self.moves_out = list(moves_out)
+        self.on_backward: Callable[[float], None] | None = None
         self.is_shared = False  # whether another crossing's graph reaches into this one's, or back
 
     def come_out(self, like: list[Tensor]) -> list[Tensor | None]:
@@ -79,7 +85,7 @@ class Crossing:
         outs = self._outs(last=not keep_graph)
         given = [j for j, grad in enumerate(grads) if grad is not None]
         cotangents = self._cotangents(grads, given)
-        # Restricted only where the caller restricts: reentrant checkpointing needs a plain backward.
+        # Restricted only where the caller restricts: reentrant checkpoints need a plain backward.
         is_restricted = not all(wanted)
 
         def work(lane: int) -> list[Tensor | None]:
@@ -95,8 +101,7 @@ class Crossing:
             return [_take_grad(leaf) for leaf in leaves]
 
         parts = self.lanes.run(work)
-        moves = [ADJOINT[move] for move in self.moves_in]
-        return self.lanes.come_out(parts, moves, self.leaves[0])
+        return self.lanes.come_out(parts, adjoints(self.moves_in), self.leaves[0])
 
     def pull_back_differentiably(
         self, grads: list[Tensor | None], wanted: list[bool]
@@ -128,14 +133,16 @@ class Crossing:
         adjoint = Crossing(
             self.lanes,
             [*(grad for grad in grads if grad is not None), *self.wholes],
-            [*(ADJOINT[self.moves_out[j]] for j in given), *self.moves_in],
+            [*adjoints(self.moves_out[j] for j in given), *self.moves_in],
             [[*c, *leaves] for c, leaves in zip(cotangents, self.leaves, strict=True)],
             self.lanes.run(work),
-            [ADJOINT[self.moves_in[i]] for i in asked],
+            adjoints(self.moves_in[i] for i in asked),
         )
         adjoint.is_shared = True  # its graph reaches into this one's
         derivatives: list[Tensor | None] = [None] * len(wanted)
-        for i, whole in zip(asked, adjoint.come_out([self.leaves[0][i] for i in asked]), strict=True):
+        for i, whole in zip(
+            asked, adjoint.come_out([self.leaves[0][i] for i in asked]), strict=True
+        ):
             derivatives[i] = whole
         return derivatives
 
@@ -154,11 +161,12 @@ class Crossing:
 
     def _cotangents(self, grads: list[Tensor | None], given: list[int]) -> list[list[Tensor]]:
         """For each lane its part of the given derivatives, as leaves of its graph."""
-        wholes = [(grad, ADJOINT[self.moves_out[j]]) for j in given if (grad := grads[j]) is not None]
+        wholes = [grad for j in given if (grad := grads[j]) is not None]
+        moves = adjoints(self.moves_out[j] for j in given)
         return [
             [
                 self.lanes.go_in(whole, move, lane).detach().requires_grad_(whole.requires_grad)
-                for whole, move in wholes
+                for whole, move in zip(wholes, moves, strict=True)
             ]
             for lane in range(len(self.leaves))
         ]
@@ -193,30 +201,15 @@ class _Node(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = [_is_wanted(node) for node, _ in ctx.next_functions]
+        wanted = [is_wanted(node) for node, _ in ctx.next_functions]
         if torch.is_grad_enabled():
             found = ctx.crossing.pull_back_differentiably(list(grads), wanted)
         else:
-            found = ctx.crossing.pull_back(list(grads), wanted, _keeps_graph())
+            begun_s = time.perf_counter()
+            found = ctx.crossing.pull_back(list(grads), wanted, keeps_graph())
+            if ctx.crossing.on_backward:
+                ctx.crossing.on_backward(time.perf_counter() - begun_s)
         return None, None, None, *found
-
-
-def _is_wanted(node: Any) -> bool:
-    """Whether the running backward goes on into `node`, or could not (None)."""
-    if node is None:
-        return True
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except (AttributeError, RuntimeError):  # a leaf that autograd.grad has been asked for
-        return True
-
-
-def _keeps_graph() -> bool:
-    """Whether the running backward was called with `retain_graph=True`."""
-    try:
-        return torch._C._autograd._get_current_graph_task_keep_graph()
-    except AttributeError:
-        return True
 
 
 def _differentiable(

@@ -9,9 +9,10 @@ from torch import nn
 
 from .batch import Nest, rows_of
 from .call import Call
+from .internals import is_transformed
 from .lane_runner import LaneRunner
 from .lanes import Lanes
-from .wrapper import ModelWrapper, is_transformed
+from .wrapper import ModelWrapper
 
 Device = int | str | torch.device
 

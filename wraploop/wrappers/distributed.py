@@ -13,8 +13,9 @@ from wraploop import processes
 from .batch import Nest, rows_of
 from .call import Call
 from .channel import Channel
+from .internals import is_transformed
 from .rank_runner import RankRunner
-from .wrapper import ModelWrapper, is_transformed
+from .wrapper import ModelWrapper
 
 
 class DistributedModel(ModelWrapper):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -14,8 +16,9 @@ from .crossing import Crossing
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .outputs import agreed, check_alike, coming_out
-from .replica import Replica, Replicas, alias, parameters_of
+from .replica import Replica, Replicas, alias
 from .threads import Threads
+from .tuning import Tuner
 
 
 class LaneRunner:
@@ -31,11 +34,27 @@ class LaneRunner:
         self._replicas = Replicas(module, sync_batchnorm, _aliases, own_buffers=True)
         self._threads = Threads()
         self._draws: dict[tuple[str, bool], bool] = {}
+        self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
 
-    def run(self, call: Call, rows: int, lanes: Lanes) -> Nest:
+    def tuner(self, call: Call, most: int) -> Tuner:
+        """What looks for the fastest number of lanes, up to `most`, for calls like `call`."""
+        kind = (call.method, self.module.training, torch.is_grad_enabled())
+        return self._tuners.setdefault(kind, Tuner(most))
+
+    def run(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None = None) -> Nest:
         """Makes `call`, whose batch has `rows` rows, with a lane for each of `lanes.devices`."""
-        parameters = parameters_of(self.module)
-        replicas = self._replicas.get(parameters, lanes.devices)
+        if tuner is None or tuner.chosen:
+            return self._run(call, rows, lanes, None)
+        count = len(lanes.devices)
+        begun_s = time.perf_counter()
+        output = self._run(call, rows, lanes, lambda s: tuner.note("backward", count, s))
+        tuner.note("forward", count, time.perf_counter() - begun_s)
+        return output
+
+    def _run(
+        self, call: Call, rows: int, lanes: Lanes, on_backward: Callable[[float], None] | None
+    ) -> Nest:
+        parameters, replicas = self._replicas.get(lanes.devices)
         group = LaneGroup(split(rows, len(lanes.devices)), lanes, self._threads)
 
         # Scatter
@@ -56,14 +75,16 @@ class LaneRunner:
             list(coming_out(call, output, changed, group.sizes[lane], group.weights[lane]))
             for lane, (output, changed) in enumerate(zip(outputs, changes, strict=True))
         ]
+        shares: list[Move] = ["share"] * len(parameters)
         crossing = Crossing(
             group,
             [*inputs, *parameters],
-            [*moves, *(["share"] * len(parameters))],
+            [*moves, *shares],
             [[*mine, *replica.leaves] for mine, replica in zip(leaves, replicas, strict=True)],
             [[tensor for tensor, _ in mine] for mine in parts],
             [move for _, move in parts[0]],
         )
+        crossing.on_backward = on_backward
         wholes = crossing.come_out([tensor for tensor, _ in parts[0]])
         output, changed = with_tensors((outputs[0], changes[0]), wholes)
         replicas[0].hand_back(changed)
@@ -89,8 +110,12 @@ class LaneRunner:
             with noise.lane(lane) if noise else nullcontext():
                 return call.on(replicas[lane].module, inputs)
 
-        before = None if noise else torch.get_rng_state()
-        outputs = group.run(work)
+        before = torch.get_rng_state()
+        try:
+            outputs = group.run(work)
+        except BaseException:
+            self._replicas.forget()
+            raise
         if noise:
             self._draws[state] = noise.drawn
         elif not torch.equal(before, torch.get_rng_state()):

@@ -23,6 +23,7 @@ from torch import Tensor
 from . import shard as shards
 from .batch import zeros_like_rows
 from .border import Move
+from .internals import foreach_add
 from .shard import Shard
 from .threads import Disagreement, Threads
 
@@ -83,6 +84,7 @@ class Lane(Shard):
         self.rows = rows
 
     def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all shards' `tensor`."""
         return self.group.meeting.total(self.index, tensor)
 
 
@@ -167,7 +169,7 @@ class LaneGroup:
         Returns:
             For each `i` the whole; None where every lane's part is None.
         """
-        columns = [[self._home(part) for part in column] for column in zip(*parts, strict=True)]
+        columns = [self._home(column) for column in zip(*parts, strict=True)]
         wholes: list[Tensor | None] = [None] * len(columns)
         sums = []
         for i, (column, move) in enumerate(zip(columns, moves, strict=True)):
@@ -183,10 +185,11 @@ class LaneGroup:
             wholes[i] = total
         return wholes
 
-    def _home(self, part: Tensor | None) -> Tensor | None:
-        if part is None or self._where.output_device is None:
-            return part
-        return part.to(self._where.output_device, non_blocking=True)
+    def _home(self, column: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+        home = self._where.output_device
+        if home is None:
+            return list(column)
+        return [None if part is None else part.to(home, non_blocking=True) for part in column]
 
     def _without_gaps(self, column: list[Tensor | None], like: Tensor) -> list[Tensor]:
         device = next(part.device for part in column if part is not None)
@@ -202,7 +205,7 @@ def _sums(columns: list[list[Tensor | None]]) -> list[Tensor]:
     totals = [column[0] for column in present]
     for lane in range(1, max(map(len, present), default=0)):
         rest = [i for i, column in enumerate(present) if len(column) > lane]
-        added = torch._foreach_add([totals[i] for i in rest], [present[i][lane] for i in rest])
+        added = foreach_add([totals[i] for i in rest], [present[i][lane] for i in rest])
         for i, total in zip(rest, added, strict=True):
             totals[i] = total
     return totals

@@ -65,6 +65,10 @@ class _LaneNoise(TorchDispatchMode):
         self._noise = noise
         self._index = index
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # True would import the compiler at the first operator
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -97,7 +101,9 @@ def own_noise(number: int) -> Iterator[OwnNoise]:
     noise = OwnNoise()
     generators = _generators()
     before = [generator.get_state() for generator in generators]
-    seed = int.from_bytes(hashlib.blake2b(before[0].numpy().tobytes(), digest_size=7).digest(), "big")
+    seed = int.from_bytes(
+        hashlib.blake2b(before[0].numpy().tobytes(), digest_size=7).digest(), "big"
+    )
     seeded = []
     for generator in generators:
         generator.manual_seed(seed + number)

@@ -113,7 +113,9 @@ def check_alike(outputs: Sequence[Nest], where: str) -> None:
                     "depend on the rows as tensors with one row for each row of the batch."
                 )
         if len(first) != len(others):
-            raise ValueError(f"{where} has {len(first)} parts in one shard, {len(others)} in another.")
+            raise ValueError(
+                f"{where} has {len(first)} parts in one shard, {len(others)} in another."
+            )
 
 
 def _alike(mine: Any, other: Any) -> bool:

@@ -12,7 +12,7 @@ from .channel import Channel, PeerError, fingerprint
 from .noise import own_noise
 from .outputs import check_alike, coming_out
 from .ranks import Rank, come_out, go_in
-from .replica import Replica, Replicas, parameters_of
+from .replica import Replicas
 from .shard import note, running
 
 
@@ -36,9 +36,10 @@ class RankRunner:
         rank = Rank(self._channel, rows, f"{self._name}.{call.method}")
         try:
             return self._run(call, rank)
-        except PeerError:
-            raise
-        except Exception as error:
+        except BaseException as error:
+            self._replicas.forget()
+            if isinstance(error, PeerError) or not isinstance(error, Exception):
+                raise
             note(error, f"rank {self._channel.rank}, which has {rank.rows} of {rows} rows")
             self._channel.fail(error)
             raise
@@ -48,7 +49,7 @@ class RankRunner:
         inputs = call.inputs
         moves: list[Move] = ["share" if is_shared(x) else "scatter" for x in inputs]
         self._channel.agree("batch", [fingerprint(x) for x in inputs])
-        replica = self._replicas.get(parameters_of(self.module), [None])[0]
+        replica = self._replicas.get([None])[1][0]
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
 
@@ -82,7 +83,9 @@ class RankRunner:
         """What the replica has for `parameters`, and tokens."""
         rank = Rank(self._channel, 0, self._name)
         moves: list[Move] = ["share"] * len(parameters)
-        tokens, leaves = go_in(rank, "the gradients of the parameters", parameters, moves, borrow=True)
+        tokens, leaves = go_in(
+            rank, "the gradients of the parameters", parameters, moves, borrow=True
+        )
         return leaves, tokens
 
     def _description(self, call: Call, output: Nest) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .batch import split, zeros_like_rows
-from .border import ADJOINT, Move
+from .border import Move, adjoints
 from .channel import Channel, fingerprint
 from .shard import Shard
 
@@ -56,10 +56,11 @@ class Rank(Shard):
         self.weight = self.rows / max(1, total)
 
     def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor`."""
         doing = f"a statistic of the whole batch {tuple(tensor.shape)} in {self.name}"
         terms = self.channel.exchange(doing, _bytes(tensor))
         parts = [t.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device) for t in terms]
-        return sum(parts[1:], parts[0])
+        return _total(parts)
 
     def take(self, whole: Tensor, move: Move, *, borrow: bool) -> Tensor:
         """This rank's part of `whole`: its own rows ("scatter"), or all ("share").
@@ -75,7 +76,7 @@ class Rank(Shard):
 
     @torch.no_grad()
     def put_together(
-        self, doing: str, parts: list[Tensor | None], moves: Sequence[Move], like: list[Tensor]
+        self, doing: str, parts: Sequence[Tensor | None], moves: Sequence[Move], like: list[Tensor]
     ) -> tuple[list[Tensor | None], list[bool]]:
         """Whole tensors from all ranks' parts, not differentiable.
 
@@ -109,7 +110,7 @@ class Rank(Shard):
             if move == "first":
                 wholes[i] = None if part is None else part.detach()
             elif used[i] and i not in by_sum:
-                wholes[i] = torch.cat(column) if move == "gather" else sum(column[1:], column[0])
+                wholes[i] = torch.cat(column) if move == "gather" else _total(column)
         for i, total in self._sums({i: parts[i] for i in by_sum if used[i]}, like):
             wholes[i] = total
         return wholes, ((flags & _DIFFERENTIABLE) > 0).any(0).tolist()
@@ -182,9 +183,9 @@ class _GoIn(Function):
         return (torch.zeros(()), *parts)
 
     @staticmethod
-    def backward(ctx: Any, _: Tensor | None, *grads: Tensor | None) -> tuple[Any, ...]:
-        moves = [ADJOINT[move] for move in ctx.moves]
-        wholes = come_out(ctx.rank, ctx.doing, list(grads), moves, ctx.like, [])
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        moves = adjoints(ctx.moves)
+        wholes = come_out(ctx.rank, ctx.doing, grads[1:], moves, ctx.like, [])
         return None, None, None, None, *wholes
 
 
@@ -210,15 +211,14 @@ class _ComeOut(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        given = [i for i, grad in enumerate(grads) if grad is not None]
-        ctx.rank.channel.agree(
-            "gradient of the loss", [fingerprint(grads[i]) for i in given]
-        )
+        given = {i: grad for i, grad in enumerate(grads) if grad is not None}
+        facts = [fingerprint(grad) for grad in given.values()]
+        ctx.rank.channel.agree("gradient of the loss", facts)
         _, parts = go_in(
             ctx.rank,
             ctx.doing,
-            [grad for grad in grads if grad is not None],
-            [ADJOINT[ctx.moves[i]] for i in given],
+            list(given.values()),
+            adjoints(ctx.moves[i] for i in given),
             borrow=False,
         )
         found: list[Tensor | None] = [None] * len(grads)
@@ -251,7 +251,7 @@ def go_in(
 def come_out(
     rank: Rank,
     doing: str,
-    parts: list[Tensor | None],
+    parts: Sequence[Tensor | None],
     moves: Sequence[Move],
     like: list[Tensor],
     tokens: list[Tensor],
@@ -271,6 +271,14 @@ def come_out(
         return wholes
     node = (rank, doing, list(moves), wholes, differentiable, len(tokens), *tokens, *parts)
     return list(_ComeOut.apply(*node))
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the ranks' terms, in the order of ranks."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 def _flag(part: Tensor | None) -> int:

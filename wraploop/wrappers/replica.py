@@ -18,24 +18,17 @@ changes on its modules is found by `changes` and handed back to the original by 
 from __future__ import annotations
 
 import functools
-import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from .batchnorm import GlobalBatchNorm, global_class
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-_TORCHS_OWN = frozenset(nn.Module().__dict__)  # hooks and flags: no forward writes to these
-_CONTAINERS = (list, dict, OrderedDict, set)
-
-EXECUTION = "_wraploop_execution"  # what a wrapper keeps for running, which no copy takes over
+from .tree import EXECUTION, Tree, attributes, is_own_container, is_quiet, items, same
 
 Place = tuple[int, str]  # which module of the tree, and which of its attributes
 
@@ -45,19 +38,20 @@ class Change:
     """What a forward has set an attribute to."""
 
     value: Any
-    is_buffer: bool = False
+    is_buffer: bool  # a tensor that is not batched
+    is_in_place: bool = False
     is_agreed: bool = False  # the same in every shard
 
 
 class Replica:
-    """A copy of the tree of `original`, with `leaves` in the places of its `parameters`.
+    """A copy of the tree of `original`, with other tensors in it.
 
     Args:
         original: the module to copy.
-        parameters: what it is a function of, see `parameters_of`.
-        leaves: what the copy has instead of each.
+        tree: what it is made of.
+        leaves: what the copy has instead of each of the tree's parameters.
+        buffers: what it has instead of each of the tree's buffers.
         sync: whether batch norms in the copy use the statistics of the whole batch.
-        buffers: what the copy has instead of each of the original's buffers.
 
     Attributes:
         module: the copy.
@@ -70,22 +64,22 @@ class Replica:
     def __init__(
         self,
         original: nn.Module,
-        parameters: list[Tensor],
+        tree: Tree,
         leaves: list[Tensor],
         buffers: list[Tensor],
         sync: bool,
     ) -> None:
+        self.leaves = leaves
+        self._tree = tree
+        self._buffers = buffers
         self._sync = sync
         self._modules: list[tuple[nn.Module, nn.Module]] = []
         self._memo: dict[int, Any] = {}
-        self.leaves = leaves
-        self._parameters = parameters
-        self._buffers, self._originals = buffers, list(original.buffers())
-        olds, news = [*parameters, *self._originals], [*leaves, *buffers]
+        olds, news = [*tree.parameters, *tree.buffers], [*leaves, *buffers]
         self._memo.update((id(old), new) for old, new in zip(olds, news, strict=True))
         self.module: nn.Module = self._copy(original)
-        self._made = [_attributes(copy) for _, copy in self._modules]
-        self._taken_over = [_version(buffer) for buffer in self._originals]
+        self._made = [attributes(copy) for _, copy in self._modules]
+        self._taken_over = [_version(buffer) for buffer in tree.buffers]
         self._before = [_version(copy) for copy in buffers]
 
     def refresh(self) -> None:
@@ -94,13 +88,13 @@ class Replica:
         Raises:
             RuntimeError: a backward of the user's has run into the replica.
         """
-        for parameter, leaf in zip(self._parameters, self.leaves, strict=True):
+        for parameter, leaf in zip(self._tree.parameters, self.leaves, strict=True):
             if leaf.device != parameter.device:
                 leaf.data.copy_(parameter)
             if leaf.is_leaf and leaf.grad is not None:
                 leaf.grad = None
                 raise RuntimeError(_LEAKED)
-        for i, (buffer, copy) in enumerate(zip(self._originals, self._buffers, strict=True)):
+        for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
             changed = _version(buffer) != self._taken_over[i] or _version(copy) != self._before[i]
             if changed and copy is not buffer:
                 copy.copy_(buffer)
@@ -129,7 +123,7 @@ class Replica:
     def _same_or(self, value: Any, copied: Callable[[], Any]) -> Any:
         self._memo[id(value)] = value  # a container may hold itself
         copy = copied()
-        if _same(_items(value), _items(copy)):
+        if same(items(value), items(copy)):
             return value
         self._memo[id(value)] = copy
         return copy
@@ -142,7 +136,7 @@ class Replica:
             if name == EXECUTION:
                 continue
             copied = self._copy(value)
-            if copied is value and _is_own_container(name, value):
+            if copied is value and is_own_container(name, value):
                 copied = value.copy()
             copy.__dict__[name] = copied
         return copy
@@ -150,18 +144,18 @@ class Replica:
     def changes(self) -> dict[Place, Change]:
         """What the last forward has set on its modules, or written to their buffers."""
         found: dict[Place, Change] = {}
-        written = self._written_buffers()
+        written = self._written()
         for index, ((_, copy), made) in enumerate(zip(self._modules, self._made, strict=True)):
-            for name, buffer in copy._buffers.items():
-                if id(buffer) in written:
-                    is_agreed = isinstance(copy, GlobalBatchNorm)
-                    found[index, name] = Change(buffer, is_buffer=True, is_agreed=is_agreed)
-            if _is_plain(copy):
+            if written:
+                found.update(_written_to(copy, index, written))
+            if is_quiet(copy):
                 continue
-            now = _attributes(copy)
+            now = attributes(copy)
             for name in now:
-                if name not in made or not _same(now[name], made[name]):
-                    found[index, name] = Change(*_value(copy, name))
+                if name not in made or not same(now[name], made[name]):
+                    is_buffer = name in copy._buffers
+                    value = copy._buffers[name] if is_buffer else copy.__dict__[name]
+                    found[index, name] = Change(value, is_buffer)
         return found
 
     def hand_back(self, changes: dict[Place, Change]) -> None:
@@ -169,8 +163,13 @@ class Replica:
         for (index, name), change in changes.items():
             module, value = self._modules[index][0], change.value
             old = module.__dict__.get(name)
-            if change.is_buffer:
-                _hand_back_buffer(module, name, value)
+            if change.is_in_place:
+                target = module._buffers[name] if name in module._buffers else old
+                assert isinstance(target, Tensor)
+                with torch.no_grad():
+                    target.copy_(value)
+            elif change.is_buffer:
+                module._buffers[name] = value
             elif isinstance(old, list) and isinstance(value, list):
                 old[:] = value
             elif isinstance(old, (dict, set)) and type(old) is type(value):
@@ -179,10 +178,18 @@ class Replica:
             else:
                 object.__setattr__(module, name, value)
 
-    def _written_buffers(self) -> set[int]:
+    def _written(self) -> set[int]:
+        """Which tensors have been written to in place."""
         now = map(_version, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
+
+
+def _written_to(copy: nn.Module, index: int, written: set[int]) -> Iterator[tuple[Place, Change]]:
+    is_agreed = isinstance(copy, GlobalBatchNorm)
+    for name, tensor in (*copy._buffers.items(), *copy.__dict__.items()):
+        if id(tensor) in written:
+            yield (index, name), Change(tensor, True, is_in_place=True, is_agreed=is_agreed)
 
 
 class Replicas:
@@ -203,7 +210,9 @@ class Replicas:
         self,
         original: nn.Module,
         sync: bool,
-        make_leaves: Callable[[list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]],
+        make_leaves: Callable[
+            [list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]
+        ],
         *,
         own_buffers: bool,
     ) -> None:
@@ -211,19 +220,15 @@ class Replicas:
         self._sync = sync
         self._make_leaves = make_leaves
         self._own_buffers = own_buffers
-        self._state: list[Any] = []
-        self._places: list[Any] = []
+        self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
 
-    def get(
-        self, parameters: list[Tensor], devices: Sequence[torch.device | None]
-    ) -> list[Replica]:
-        """One replica for each device, as the original is now; `parameters` are its."""
-        state = _tree_state(self._original)
-        places = [(p.data_ptr(), p.shape) for p in parameters]
-        if not _same(state, self._state) or places != self._places:
+    def get(self, devices: Sequence[torch.device | None]) -> tuple[list[Tensor], list[Replica]]:
+        """The original's parameters, and a replica for each device, as the original is now."""
+        if self._tree is None or not self._tree.is_current():
+            self._tree = Tree(self._original)
             self._sets.clear()
-            self._state, self._places = state, places
+        parameters = self._tree.parameters
         frozen = tuple(not parameter.requires_grad for parameter in parameters)
         replicas = self._sets.pop(frozen, [])
         self._sets[frozen] = replicas  # now the last
@@ -231,19 +236,23 @@ class Replicas:
             del self._sets[next(iter(self._sets))]
         with torch.inference_mode(False):
             for device in devices[len(replicas) :]:
-                replicas.append(self._made_for(parameters, device))
+                replicas.append(self._made_for(self._tree, device))
             with torch.no_grad():
                 for replica in replicas:
                     replica.refresh()
-        return replicas[: len(devices)]
+        return parameters, replicas[: len(devices)]
 
-    def _made_for(self, parameters: list[Tensor], device: torch.device | None) -> Replica:
+    def forget(self) -> None:
+        """Has replicas made anew, after a forward that was broken off."""
+        self._tree = None
+
+    def _made_for(self, tree: Tree, device: torch.device | None) -> Replica:
         with torch.enable_grad():
-            leaves, tokens = self._make_leaves(parameters, device)
-        buffers = list(self._original.buffers())
+            leaves, tokens = self._make_leaves(tree.parameters, device)
+        buffers = tree.buffers
         if self._own_buffers:
             buffers = [buffer.detach().to(device, copy=True) for buffer in buffers]
-        replica = Replica(self._original, parameters, leaves, buffers, self._sync)
+        replica = Replica(self._original, tree, leaves, buffers, self._sync)
         replica.tokens = tokens
         return replica
 
@@ -257,93 +266,12 @@ _LEAKED = (
 )
 
 
-def parameters_of(module: nn.Module) -> list[Tensor]:
-    """The distinct tensors that `module` is a function of, besides its inputs.
-
-    Its parameters, and what requires grad among the tensors in its plain attributes.
-
-    Raises:
-        ValueError: one of them has no shape yet.
-    """
-    found: dict[int, Tensor] = {}
-    for name, parameter in module.named_parameters():
-        if is_lazy(parameter):
-            raise ValueError(
-                f"Parameter {name!r} has no shape yet: it is a lazy module's. Call the module once "
-                "with an example batch before wrapping it."
-            )
-        found[id(parameter)] = parameter
-    for part in module.modules():
-        for value in part.__dict__.values():
-            if isinstance(value, Tensor) and value.requires_grad:
-                found[id(value)] = value
-    return list(found.values())
-
-
 def alias(parameter: Tensor, device: torch.device | None) -> nn.Parameter:
     """A leaf with the storage of `parameter`, or with its values on another device."""
     leaf = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
-    leaf.__dict__.update(parameter.__dict__)
+    vars(leaf).update(vars(parameter))  # what the user has put on it
     return leaf
-
-
-def _tree_state(module: nn.Module) -> list[Any]:
-    """Everything whose change makes replicas out of date, to be compared by identity."""
-    state: list[Any] = []
-    for part in module.modules():
-        state += (type(part), *part.__dict__.values(), *part._modules.values())
-        state += part._buffers.values()
-        state += part._parameters.values()
-        for name, value in part.__dict__.items():
-            if _is_own_container(name, value):
-                state += _items(value)
-    return state
-
-
-def _is_own_container(name: str, value: Any) -> bool:
-    """Whether a module keeps things of its own in `value`, which each replica needs for itself."""
-    return type(value) in _CONTAINERS and (name in _TABLES or name not in _TORCHS_OWN)
-
-
-def _attributes(module: nn.Module) -> dict[str, Iterable[Any]]:
-    """What a forward may have set on `module`: each attribute's value and, of containers, items."""
-    found: dict[str, Iterable[Any]] = {name: (b,) for name, b in module._buffers.items()}
-    for name, value in module.__dict__.items():
-        if name not in _TORCHS_OWN and name != EXECUTION:
-            found[name] = (value, *_items(value)) if type(value) in _CONTAINERS else (value,)
-    return found
-
-
-def _value(module: nn.Module, name: str) -> tuple[Any, bool]:
-    """The value of an attribute, and whether it is a buffer."""
-    if name in module._buffers:
-        return module._buffers[name], True
-    return module.__dict__[name], False
-
-
-def _hand_back_buffer(module: nn.Module, name: str, value: Tensor | None) -> None:
-    old = module._buffers[name]
-    if old is None or value is None or value.requires_grad or old.shape != value.shape:
-        module._buffers[name] = value
-    else:
-        with torch.no_grad():
-            old.copy_(value)
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether `module` is one of torch's own, which set nothing in forward unless hooks do."""
-    hooks = module._forward_pre_hooks or module._forward_hooks
-    return type(module).__module__.startswith("torch.nn.modules.") and not hooks
 
 
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def _items(container: Any) -> list[Any]:
-    return list(container.values()) if isinstance(container, dict) else list(container)
-
-
-def _same(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    a, b = list(a), list(b)
-    return len(a) == len(b) and all(map(operator.is_, a, b))

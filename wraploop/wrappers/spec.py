@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, overload
 
 from torch import nn
 
@@ -14,8 +14,6 @@ from .threaded import ThreadedCPUParallel
 from .wrapper import ModelWrapper
 
 Spec = str | Mapping[str, Any] | Sequence[Any] | None
-K = TypeVar("K")
-
 WRAPPERS: dict[str, type[ModelWrapper]] = {
     cls.__name__: cls for cls in (ThreadedCPUParallel, DataParallel, DistributedModel)
 }
@@ -24,7 +22,7 @@ WRAPPERS: dict[str, type[ModelWrapper]] = {
 @overload
 def wrap(model: nn.Module, spec: Spec) -> nn.Module: ...
 @overload
-def wrap(model: Mapping[K, nn.Module], spec: Spec) -> dict[K, nn.Module]: ...
+def wrap(model: Mapping[str, nn.Module], spec: Spec) -> dict[str, nn.Module]: ...
 def wrap(model: Any, spec: Spec) -> Any:
     """`model` under the wrapper that `spec` names.
 
@@ -56,7 +54,9 @@ def wrap(model: Any, spec: Spec) -> Any:
     if isinstance(spec, Mapping):
         options = dict(spec)
         if "name" not in options:
-            raise ValueError(f'A wrapper\'s options need a "name", one of {_names()}; got {spec!r}.')
+            raise ValueError(
+                f'A wrapper\'s options need a "name", one of {_names()}; got {spec!r}.'
+            )
         return _made(options.pop("name"), model, options)
     if isinstance(spec, Sequence):
         for layer in reversed(spec):

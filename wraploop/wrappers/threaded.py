@@ -9,9 +9,10 @@ from torch import nn
 
 from .batch import Nest, rows_of
 from .call import Call
+from .internals import is_transformed
 from .lane_runner import LaneRunner
 from .lanes import Lanes
-from .wrapper import ModelWrapper, is_transformed
+from .wrapper import ModelWrapper
 
 
 class ThreadedCPUParallel(ModelWrapper):
@@ -21,7 +22,10 @@ class ThreadedCPUParallel(ModelWrapper):
 
     Args:
         module: the module to run.
-        threads: how many shards run at once.
+        threads: how many shards run at once; with "auto" the first calls are made with different
+            numbers of them, timed, and the fastest stays, plain torch included. As that depends on
+            time, two runs may then differ in the order of summation: give a number to have the
+            same bits on every run.
         methods: which of its methods besides forward take a batch, and run like forward.
         sync_batchnorm: whether its batch norms use the statistics of the whole batch.
 
@@ -48,10 +52,12 @@ class ThreadedCPUParallel(ModelWrapper):
 
     def _run(self, call: Call) -> Nest:
         rows = rows_of(call.arguments)
-        threads = torch.get_num_threads() if self.threads == "auto" else self.threads
-        lanes = min(threads, rows or 0)
-        if lanes < 2 or is_transformed():
+        if not rows or is_transformed():
+            return call.on(self.module)
+        runner = self._execution(LaneRunner)
+        tuner = runner.tuner(call, torch.get_num_threads()) if self.threads == "auto" else None
+        lanes = min(tuner.next() if tuner else int(self.threads), rows)
+        if lanes == 1 and (tuner is None or tuner.chosen):
             return call.on(self.module)
         operator_threads = max(1, torch.get_num_threads() // lanes)
-        where = Lanes([None] * lanes, operator_threads=operator_threads)
-        return self._execution(LaneRunner).run(call, rows or 0, where)
+        return runner.run(call, rows, Lanes([None] * lanes, None, operator_threads), tuner)

@@ -15,8 +15,8 @@ from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
-from torch.utils._device import DeviceContext
+
+from .internals import function_modes, saved_tensors_hooks
 
 T = TypeVar("T")
 
@@ -123,8 +123,8 @@ def _surroundings(operator_threads: int | None) -> Callable[[ExitStack], None]:
     casts = [(d, torch.get_autocast_dtype(d), torch.is_autocast_enabled(d)) for d in devices]
     cache = torch.is_autocast_cache_enabled()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    modes = _get_current_function_mode_stack()
-    saved = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    modes = function_modes()
+    saved = saved_tensors_hooks()
 
     def enter(stack: ExitStack) -> None:
         if operator_threads is not None:
@@ -135,9 +135,7 @@ def _surroundings(operator_threads: int | None) -> Callable[[ExitStack], None]:
             if enabled or torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))
         for mode in modes:
-            stack.enter_context(
-                DeviceContext(mode.device) if isinstance(mode, DeviceContext) else mode
-            )
+            stack.enter_context(mode)
         if saved is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*saved))
 

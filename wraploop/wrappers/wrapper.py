@@ -11,22 +11,23 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any, Protocol, TypeVar
 
-import torch
 from torch import nn
 
 from .batch import Nest, tensors_of
 from .call import Call
-from .replica import EXECUTION
+from .tree import EXECUTION
 
 
 @functools.cache
 def _own_names(cls: type[ModelWrapper]) -> frozenset[str]:
     """The attributes that wrappers of class `cls` have of their own, as their classes declare."""
     classes = (c for c in cls.__mro__ if issubclass(c, ModelWrapper))
-    return frozenset(name for c in classes for name in (*vars(c).get("__annotations__", ()), *vars(c)))
+    return frozenset(
+        name for c in classes for name in (*vars(c).get("__annotations__", ()), *vars(c))
+    )
 
 
 class Execution(Protocol):
@@ -36,19 +37,6 @@ class Execution(Protocol):
 
 
 E = TypeVar("E", bound=Execution)
-
-
-def is_transformed() -> bool:
-    """Whether the call is being traced or transformed (compile, torch.func, forward-mode AD).
-
-    What transforms a call sees this thread only, so the module has to run in it, on whole tensors.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-    )
 
 
 class ModelWrapper(nn.Module):
@@ -126,7 +114,7 @@ class ModelWrapper(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self.__dict__.get("_modules", {}).get("module")
-        if inner is None or name in _own_names(type(self)) or not hasattr(inner, name):
+        if inner is None or name in _own_names(self.__class__) or not hasattr(inner, name):
             super().__setattr__(name, value)
         else:
             setattr(inner, name, value)
@@ -150,7 +138,7 @@ class ModelWrapper(nn.Module):
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
+    ) -> Generator[tuple[str, nn.Module], None, None]:
         """The wrapper, then the module's own modules under their own names."""
         memo = set() if memo is None else memo
         if self in memo:
@@ -168,7 +156,9 @@ class ModelWrapper(nn.Module):
         """Loads a state that the module could load."""
         return self.module.load_state_dict(*args, **kwargs)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Called by a module that contains this one: `load_state_dict` goes by attribute names."""
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)

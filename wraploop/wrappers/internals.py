@@ -1,0 +1,76 @@
+"""What torch knows and does not tell: every use of its private parts, each with what holds without.
+
+`tests/test_internals.py` notices when one of them goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
+
+_C: Any = torch._C
+_Hooks = tuple[Callable[..., Any], Callable[..., Any]]
+
+
+def is_wanted(node: Any) -> bool:
+    """Whether the running backward goes on into `node`; always, where torch does not say.
+
+    Args:
+        node: a node of the graph; None, where there is no graph, counts as wanted.
+    """
+    if node is None:
+        return True
+    try:
+        return _C._will_engine_execute_node(node)
+    except (AttributeError, RuntimeError):  # it raises for a leaf that autograd.grad asks for
+        return True
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward keeps its graph; as if it did, where torch does not say."""
+    try:
+        return _C._autograd._get_current_graph_task_keep_graph()
+    except AttributeError:
+        return True
+
+
+def saved_tensors_hooks() -> _Hooks | None:
+    """What this thread does to tensors saved for backward (`saved_tensors_hooks`), if anything."""
+    try:
+        return _C._autograd._top_saved_tensors_default_hooks(True)
+    except AttributeError:
+        return None
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The torch-function modes of this thread, for another to enter."""
+    modes = _get_current_function_mode_stack()
+    return [DeviceContext(m.device) if isinstance(m, DeviceContext) else m for m in modes]
+
+
+def is_transformed() -> bool:
+    """Whether calls of this thread are traced or transformed (compile, torch.func, forward AD).
+
+    What transforms a call sees this thread only, so a module has to run in it, on whole tensors.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _C._get_tracing_state() is not None
+        or _C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd.forward_ad._current_level >= 0
+    )
+
+
+def own_attributes() -> frozenset[str]:
+    """The attributes that every `torch.nn.Module` has, such as its tables of hooks."""
+    return frozenset(nn.Module().__dict__)
+
+
+def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
+    """`a[i] + b[i]` for every `i`, in few calls of the operator."""
+    return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage]
