@@ -54,7 +54,7 @@ def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
     if isinstance(nest, Mapping):
         return [(f"[{key!r}]", value) for key, value in nest.items()]
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
-        return [(f".{name}", value) for name, value in zip(nest._fields, nest, strict=True)]
+        return [(f".{name}", value) for name, value in zip(nest._fields, nest, strict=True)]  # pyright: ignore
     if isinstance(nest, (tuple, list)):
         return [(f"[{i}]", value) for i, value in enumerate(nest)]
     return None

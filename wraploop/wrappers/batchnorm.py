@@ -102,4 +102,6 @@ def global_class(cls: type[Any]) -> type[Any] | None:
     """`cls` with statistics of the whole batch, if it is a batch norm; else None."""
     if not issubclass(cls, _BatchNorm) or issubclass(cls, (SyncBatchNorm, GlobalBatchNorm)):
         return None
-    return type(cls.__name__, (cls, GlobalBatchNorm), {"__module__": cls.__module__})
+    # Before what `cls` inherits from torch, behind what it defines itself
+    bases: Any = (cls, GlobalBatchNorm)
+    return type(cls.__name__, bases, {"__module__": cls.__module__})

@@ -12,7 +12,6 @@ were used is said with the gradients.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,10 +22,11 @@ from torch.autograd import Function
 from .batch import split, zeros_like_rows
 from .border import Move, adjoints
 from .channel import Channel, fingerprint
+from .packing import pack, size_of, unpack, unpack_sparse
 from .shard import Shard
 
 _SMALL = 1 << 14  # bytes, up to which a sum is taken from everyone's terms in one exchange
-_USED, _DIFFERENTIABLE = 1, 2
+_USED, _DIFFERENTIABLE, _SPARSE = 1, 2, 4
 
 
 class Rank(Shard):
@@ -58,9 +58,8 @@ class Rank(Shard):
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`."""
         doing = f"a statistic of the whole batch {tuple(tensor.shape)} in {self.name}"
-        terms = self.channel.exchange(doing, _bytes(tensor))
-        parts = [t.clone().view(tensor.dtype).view(tensor.shape).to(tensor.device) for t in terms]
-        return _total(parts)
+        terms = self.channel.exchange(doing, pack(tensor))
+        return _total([unpack(term, tensor.shape, tensor) for term in terms])
 
     def take(self, whole: Tensor, move: Move, *, borrow: bool) -> Tensor:
         """This rank's part of `whole`: its own rows ("scatter"), or all ("share").
@@ -89,45 +88,44 @@ class Rank(Shard):
         Returns:
             The wholes, None where every rank's part is None; and which of them have a derivative.
         """
-        by_sum = self._apart(moves, like)
+        apart = self._apart(moves, like)
         sent = [
             part[: self.rows] if move == "gather" else part
             for i, (part, move) in enumerate(zip(parts, moves, strict=True))
-            if part is not None and move != "first" and i not in by_sum
+            if part is not None and i not in apart and not part.is_sparse
         ]
         own = torch.tensor([self.drew, *map(_flag, parts)], dtype=torch.uint8)
         doing = f"{doing} of {self.name}"
-        received = self.channel.exchange(doing, torch.cat([own, *map(_bytes, sent)]))
+        received = self.channel.exchange(doing, torch.cat([own, *map(pack, sent)]))
         self.drew = any(said[0] for said in received)
         received = [said[1:] for said in received]
         flags = torch.stack([said[: len(parts)] for said in received])
-        used = ((flags & _USED) > 0).any(0).tolist()
+        used, differentiable, sparse = (
+            ((flags & bit) > 0).any(0).tolist() for bit in (_USED, _DIFFERENTIABLE, _SPARSE)
+        )
 
-        wholes: list[Tensor | None] = [None] * len(parts)
-        terms = [self._terms(rank, said, moves, like, by_sum) for rank, said in enumerate(received)]
+        wholes: list[Tensor | None] = [
+            _detached(part) if m == "first" else None for part, m in zip(parts, moves, strict=True)
+        ]
+        terms = [self._terms(rank, said, moves, like, apart) for rank, said in enumerate(received)]
         for i, (move, column) in enumerate(zip(moves, zip(*terms, strict=True), strict=True)):
-            part = parts[i]
-            if move == "first":
-                wholes[i] = None if part is None else part.detach()
-            elif used[i] and i not in by_sum:
+            if sparse[i]:
+                wholes[i] = self._sparse_sum(doing, parts[i], like[i])
+            elif used[i] and i not in apart:
                 wholes[i] = torch.cat(column) if move == "gather" else _total(column)
-        for i, total in self._sums({i: parts[i] for i in by_sum if used[i]}, like):
+        sums = [i for i in apart if used[i] and not sparse[i] and moves[i] == "sum"]
+        for i, total in self._sums({i: parts[i] for i in sums}, like):
             wholes[i] = total
-        return wholes, ((flags & _DIFFERENTIABLE) > 0).any(0).tolist()
+        return wholes, differentiable
 
-    def _apart(self, moves: Sequence[Move], like: list[Tensor]) -> list[int]:
-        """Which sums are too large to be sent to everyone, and are reduced on the way."""
+    def _apart(self, moves: Sequence[Move], like: list[Tensor]) -> set[int]:
+        """What is not sent to everyone: what stays here, and sums large enough to be reduced."""
         sums = [i for i, move in enumerate(moves) if move == "sum"]
-        size = sum(like[i].numel() * like[i].element_size() for i in sums)
-        return sums if size > _SMALL else []
+        large = sum(size_of(like[i].shape, like[i]) for i in sums) > _SMALL
+        return {i for i, move in enumerate(moves) if move == "first" or (move == "sum" and large)}
 
     def _terms(
-        self,
-        rank: int,
-        said: Tensor,
-        moves: Sequence[Move],
-        like: list[Tensor],
-        by_sum: list[int],
+        self, rank: int, said: Tensor, moves: Sequence[Move], like: list[Tensor], apart: set[int]
     ) -> list[Tensor]:
         """The parts that `rank` has sent; zeros for those that it has not."""
         terms = []
@@ -135,23 +133,29 @@ class Rank(Shard):
         rows = self.parts[rank].stop - self.parts[rank].start
         for i, (move, model) in enumerate(zip(moves, like, strict=True)):
             shape = model.shape if move == "sum" else (rows, *model.shape[1:])
-            if said[i] & _USED and move != "first" and i not in by_sum:
-                size = math.prod(shape) * model.element_size()
-                part = said[start : start + size].clone().view(model.dtype).view(shape)
-                start += size
-                terms.append(part.to(model.device))
+            if i in apart:
+                terms.append(model)
+            elif said[i] & _USED and not said[i] & _SPARSE:
+                end = start + size_of(shape, model)
+                terms.append(unpack(said[start:end], shape, model))
+                start = end
             else:
-                terms.append(model.new_zeros(shape) if i not in by_sum else model)
+                terms.append(model.new_zeros(shape))
         return terms
+
+    def _sparse_sum(self, doing: str, part: Tensor | None, like: Tensor) -> Tensor:
+        """The sum of sparse parts, sparse."""
+        nothing = torch.empty(0, dtype=torch.uint8)
+        packed = self.channel.exchange(f"{doing}, sparse", nothing if part is None else pack(part))
+        return _total([unpack_sparse(said, like) for said in packed if len(said)]).coalesce()
 
     def _sums(
         self, parts: dict[int, Tensor | None], like: list[Tensor]
     ) -> Iterator[tuple[int, Tensor]]:
         """The sums of large parts, all of one dtype at once."""
         kinds: dict[Any, list[int]] = {}
-        for i, part in parts.items():
-            sparse = part is not None and part.is_sparse
-            kinds.setdefault((like[i].dtype, like[i].device, i if sparse else None), []).append(i)
+        for i in sorted(parts):
+            kinds.setdefault((like[i].dtype, like[i].device), []).append(i)
         for indices in kinds.values():
             dense = [
                 (torch.zeros_like(like[i]) if (part := parts[i]) is None else part).reshape(-1)
@@ -281,12 +285,12 @@ def _total(terms: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def _detached(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.detach()
+
+
 def _flag(part: Tensor | None) -> int:
     if part is None:
         return 0
-    return _USED | (_DIFFERENTIABLE if part.requires_grad else 0)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().resolve_conj().contiguous().view(-1)
-    return flat.view(torch.uint8).cpu()
+    flag = _USED | (_DIFFERENTIABLE if part.requires_grad else 0)
+    return flag | (_SPARSE if part.is_sparse else 0)

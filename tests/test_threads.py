@@ -1,0 +1,156 @@
+import threading
+import time
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import nn
+
+from wraploop import DataParallel, ThreadedCPUParallel
+
+
+class Recorder(nn.Module):
+    """An identity that notes in which thread, and from when to when, its passes run."""
+
+    def __init__(self):
+        super().__init__()
+        self.spans = {"forward": [], "backward": []}
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return _Noting.apply(x * self.weight, self.spans)
+
+
+class _Noting(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, spans):
+        ctx.spans = spans
+        note(spans["forward"])
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        note(ctx.spans["backward"])
+        return grads[0], None
+
+
+def note(spans):
+    begun = time.perf_counter()
+    time.sleep(0.1)
+    spans.append((threading.current_thread().name, begun, time.perf_counter()))
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda model: ThreadedCPUParallel(model, threads=3),
+        lambda model: DataParallel(model, device_ids=["cpu"] * 3),
+    ],
+)
+def test_lanes_overlap_in_forward_and_in_backward(wrap):
+    recorder = Recorder()
+    spans = recorder.spans
+    model = wrap(nn.Sequential(recorder))
+    model(torch.randn(6, 2)).sum().backward()
+
+    for passes in spans.values():
+        assert len({name for name, _, _ in passes}) == 3
+        by_begin = sorted(passes, key=lambda span: span[1])
+        assert all(later[1] < earlier[2] for earlier, later in pairwise(by_begin)), passes
+
+
+def test_what_torch_keeps_per_thread_holds_in_every_lane():
+    seen = []
+
+    class Watcher(nn.Module):
+        def forward(self, x):
+            state = (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+                torch.empty(0).device.type,
+            )
+            seen.append(state)
+            return x
+
+    model = ThreadedCPUParallel(Watcher(), threads=2)
+    x = torch.randn(4, 2)
+    with torch.no_grad():
+        model(x)
+    with torch.inference_mode():
+        model(x)
+    with torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        model(x)
+
+    assert sorted(map(str, seen[:2])) == [str((False, False, False, torch.bfloat16, "cpu"))] * 2
+    assert seen[2] == seen[3] == (False, True, False, torch.bfloat16, "cpu")
+    assert seen[4] == seen[5] == (True, False, True, torch.bfloat16, "meta")
+
+
+def test_saved_tensor_hooks_see_what_lanes_save():
+    packed = []
+    model = ThreadedCPUParallel(nn.Sequential(nn.Linear(3, 2), nn.Tanh()), threads=2)
+    x = torch.randn(4, 3)
+    model(x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: t):
+        out = model(x)
+    out.sum().backward()
+
+    assert packed.count(torch.Size([2, 2])) == 2  # tanh's output, in each lane
+
+
+def test_the_first_failing_lane_is_raised_with_its_type_and_a_note():
+    class Refusing(nn.Module):
+        def forward(self, x):
+            if (x > 0).all():
+                raise KeyError("positive")
+            return x
+
+    model = ThreadedCPUParallel(Refusing(), threads=2)
+    with pytest.raises(KeyError, match="positive") as caught:
+        model(torch.tensor([[-1.0], [-1.0], [1.0]]))
+
+    assert any("shard 1 of 2, which has 1 rows" in note for note in caught.value.__notes__)
+    assert model(torch.tensor([[-1.0], [-2.0]])).tolist() == [[-1.0], [-2.0]]
+
+
+def test_a_lane_that_fails_before_a_batch_norm_does_not_leave_the_others_waiting():
+    class Refusing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+        def forward(self, x):
+            if (x > 0).all():
+                raise KeyError("positive")
+            return self.norm(x)
+
+    model = ThreadedCPUParallel(Refusing(), threads=2)
+    begun = time.perf_counter()
+    with pytest.raises(KeyError, match="positive"):
+        model(torch.tensor([[-1.0, -1.0], [-1.0, -2.0], [1.0, 1.0]]))
+    assert time.perf_counter() - begun < 5
+
+
+def test_auto_settles_on_a_number_of_threads_and_computes_the_same_meanwhile():
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
+    model = ThreadedCPUParallel(plain)
+    x = torch.randn(6, 3, dtype=torch.float64)
+    for _ in range(20):
+        plain.zero_grad()
+        plain(x).square().mean().backward()
+        expected = [p.grad.clone() for p in plain.parameters() if p.grad is not None]
+        plain.zero_grad()
+        model(x).square().mean().backward()
+        torch.testing.assert_close([p.grad for p in model.parameters()], expected)
+
+    (tuner,) = vars(model)["_wraploop_execution"]._tuners.values()
+    assert tuner.chosen in (1, torch.get_num_threads())
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, "many"])
+def test_a_number_of_threads_that_cannot_be_is_refused(threads):
+    with pytest.raises(ValueError, match="positive integer"):
+        ThreadedCPUParallel(nn.Linear(1, 1), threads=threads)

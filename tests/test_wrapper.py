@@ -1,0 +1,232 @@
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from wraploop import DataParallel, DistributedModel, ThreadedCPUParallel, shared
+
+WRAPPERS = {
+    "threads": lambda model, **options: ThreadedCPUParallel(model, 2, **options),
+    "devices": lambda model, **options: DataParallel(model, ["cpu", "cpu"], **options),
+    "processes": DistributedModel,
+    "stack": lambda model, **options: DistributedModel(
+        ThreadedCPUParallel(model, 2, **options), **options
+    ),
+}
+
+
+@pytest.fixture(params=WRAPPERS.values(), ids=WRAPPERS.keys())
+def wrap(request):
+    return request.param
+
+
+class Net(nn.Module):
+    """Two layers, an attribute, and methods of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.last = nn.Linear(4, 2)
+        self.gain = 1.0
+        self.calls = 0
+
+    def encode(self, x):
+        return self.norm(self.first(x))
+
+    def describe(self, text):
+        return text.upper()
+
+    def forward(self, x):
+        self.calls += 1
+        return self.last(self.encode(x)) * self.gain
+
+
+def test_names_and_keys_are_the_modules_own_at_any_depth(wrap):
+    net = Net()
+    wrapped = wrap(copy.deepcopy(net))
+    outer, outer_wrapped = nn.Sequential(net), nn.Sequential(wrapped)
+
+    assert list(wrapped.state_dict()) == list(net.state_dict())
+    assert list(outer_wrapped.state_dict()) == list(outer.state_dict())
+    assert [n for n, _ in wrapped.named_parameters()] == [n for n, _ in net.named_parameters()]
+    assert [n for n, _ in outer_wrapped.named_buffers()] == [n for n, _ in outer.named_buffers()]
+    assert dict(wrapped.named_modules())["norm"] is wrapped.module.get_submodule("norm")
+
+
+def test_a_state_loads_from_and_into_a_plain_module_at_any_depth(wrap):
+    net, wrapped = Net(), wrap(Net())
+    wrapped.load_state_dict(net.state_dict())
+    torch.testing.assert_close(dict(wrapped.state_dict()), dict(net.state_dict()))
+
+    outer = nn.Sequential(wrap(Net()))
+    outer.load_state_dict(nn.Sequential(net).state_dict())
+    torch.testing.assert_close(dict(outer[0].state_dict()), dict(net.state_dict()))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        wrapped.load_state_dict({})
+
+
+def test_parameters_are_the_modules_own_objects(wrap):
+    net = Net()
+    wrapped = wrap(net)
+    assert list(map(id, wrapped.parameters())) == list(map(id, net.parameters()))
+
+
+def test_attributes_are_read_and_set_on_the_module(wrap):
+    net = Net()
+    wrapped = wrap(net)
+    x = torch.randn(4, 3)
+    assert wrapped.gain == 1.0
+    assert wrapped.first is net.first
+    before = wrapped(x)
+    wrapped.gain = 2.0
+    assert net.gain == 2.0
+    torch.testing.assert_close(wrapped(x), 2 * before)
+    with pytest.raises(AttributeError, match="nothing"):
+        _ = wrapped.nothing
+
+
+def test_attributes_that_forward_sets_are_set_on_the_module(wrap):
+    wrapped = wrap(Net())
+    for _ in range(3):
+        wrapped(torch.randn(5, 3))
+    assert wrapped.calls == 3
+
+
+def test_a_named_method_runs_like_forward_and_an_unnamed_one_refuses_tensors(wrap):
+    net = Net().eval()
+    x = torch.randn(5, 3)
+    named, unnamed = wrap(net, methods=("encode",)), wrap(net)
+    torch.testing.assert_close(named.encode(x), net.encode(x))
+    assert unnamed.describe("a") == "A"
+    with pytest.raises(TypeError, match=r"methods=\('encode',\)"):
+        unnamed.encode(x)
+
+
+def test_naming_a_method_that_is_not_there_is_refused(wrap):
+    with pytest.raises(ValueError, match="no method 'decode'"):
+        wrap(Net(), methods=("decode",))
+    with pytest.raises(TypeError, match=r"wraps a torch.nn.Module"):
+        wrap(lambda x: x)
+
+
+def test_copies_are_independent_and_compute_the_same(wrap):
+    wrapped = wrap(Net()).eval()
+    x = torch.randn(5, 3)
+    expected = wrapped(x)
+    file = io.BytesIO()
+    torch.save(wrapped, file)
+    file.seek(0)
+    copies = [
+        copy.deepcopy(wrapped),
+        pickle.loads(pickle.dumps(wrapped)),
+        torch.load(file, weights_only=False),
+    ]
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            parameter.zero_()
+    for one in copies:
+        torch.testing.assert_close(one(x), expected)
+        one(x).sum().backward()
+        assert all(parameter.grad is not None for parameter in one.parameters())
+    assert all(parameter.grad is None for parameter in wrapped.parameters())
+
+
+def test_train_eval_and_casts_reach_the_module(wrap):
+    wrapped = wrap(Net())
+    wrapped.eval()
+    assert not wrapped.module.norm.training
+    assert wrapped.double()(torch.randn(4, 3).double()).dtype == torch.float64
+
+
+def test_the_module_keeps_its_classes_and_forward_hooks(wrap):
+    net = Net()
+    wrapped = wrap(net)
+    wrapped(torch.randn(4, 3))
+    assert type(net.norm) is nn.BatchNorm1d
+    assert net.norm.num_batches_tracked == 1
+
+
+@pytest.fixture(params=["threads", "devices"])
+def wrap_in_lanes(request):
+    return WRAPPERS[request.param]
+
+
+class Pair(nn.Module):
+    def forward(self, x, y):
+        return x + y
+
+
+def test_inputs_that_disagree_about_rows_are_refused(wrap_in_lanes):
+    model = wrap_in_lanes(Pair())
+    with pytest.raises(ValueError, match=r"\[0\]\[0\] of shape \(4, 2\) has 4.*shared\(tensor\)"):
+        model(torch.ones(4, 2), torch.ones(3, 2))
+    shifted = model(torch.ones(4, 2), shared(torch.ones(2)))
+    assert shifted.tolist() == [[2.0, 2.0]] * 4
+
+
+@pytest.mark.parametrize(
+    ("output", "error", "message"),
+    [
+        (lambda x: x.sum(0), ValueError, r"has shape \(3,\) where 2 rows went in"),
+        (lambda x: object(), TypeError, "is a object, which cannot be put together"),
+        (lambda x: x.sum().item(), ValueError, "differs between shards"),
+        (lambda x: (x > 0).sum(), TypeError, "0-dimensional torch.int64"),
+    ],
+)
+def test_outputs_that_cannot_be_put_together_are_refused(wrap_in_lanes, output, error, message):
+    class Odd(nn.Module):
+        def forward(self, x):
+            return output(x)
+
+    with pytest.raises(error, match=message):
+        wrap_in_lanes(Odd())(torch.arange(12.0).view(4, 3))
+
+
+def test_a_lazy_module_is_refused_until_it_has_shapes(wrap_in_lanes):
+    lazy = nn.LazyLinear(2)
+    with pytest.raises(ValueError, match="has no shape yet"):
+        wrap_in_lanes(lazy)(torch.randn(4, 3))
+
+
+def test_what_leaks_out_of_a_lane_into_the_loss_is_an_error(wrap_in_lanes):
+    leaked = []
+
+    class Leaky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 1)
+
+        def forward(self, x):
+            out = self.layer(x)
+            leaked.append(out)
+            return out
+
+    model = wrap_in_lanes(Leaky())
+    model(torch.randn(4, 3))
+    sum(out.sum() for out in leaked).backward()
+    with pytest.raises(RuntimeError, match="inside of a wrapped module"):
+        model(torch.randn(4, 3))
+
+
+def test_noise_inside_is_reproducible_and_differs_between_lanes(wrap_in_lanes):
+    def run():
+        torch.manual_seed(0)
+        model = wrap_in_lanes(nn.Dropout())
+        return torch.cat([model(torch.ones(4, 64)) for _ in range(3)])
+
+    first, second = run(), run()
+    assert first.equal(second)
+    assert len({tuple(row) for row in first.tolist()}) == len(first)
+
+
+def test_a_model_without_noise_leaves_the_random_state_alone(wrap):
+    model = wrap(Net())
+    torch.manual_seed(0)
+    expected = torch.randn(3)
+    torch.manual_seed(0)
+    model(torch.ones(4, 3)).sum().backward()
+    assert torch.randn(3).equal(expected)
