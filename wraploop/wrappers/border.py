@@ -39,3 +39,9 @@ def adjoints(moves: Iterable[Move]) -> list[Move]:
         ['gather', 'sum', 'scatter', 'share']
     """
     return [_ADJOINT[move] for move in moves]
+
+
+BATCHED = (
+    "A wrapped module cannot be differentiated in many directions at once (is_grads_batched=True, "
+    "vectorize=True). Call torch.autograd.grad once for each."
+)

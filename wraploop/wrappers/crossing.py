@@ -15,15 +15,15 @@ order are right. Otherwise it is run at once, with a plain `backward` in each la
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .border import Move, adjoints
-from .internals import is_wanted, keeps_graph
+from .border import BATCHED, Move, adjoints
+from .internals import is_batched, is_wanted, keeps_graph, version_of
 from .lanes import LaneGroup
 
 
@@ -39,6 +39,7 @@ class Crossing:
         moves_out: how each out comes out.
 
     Attributes:
+        watched: which wholes may not be written to before a backward, being saved for it.
         on_backward: told how many seconds a backward has taken.
     """
 
@@ -53,11 +54,12 @@ class Crossing:
     ) -> None:
         self.lanes = lanes
         self.wholes = list(wholes)
-        self.versions = [_version(whole) for whole in wholes]
+        self.versions = [version_of(whole) for whole in wholes]
         self.moves_in = list(moves_in)
         self.leaves = leaves
         self.outs: list[list[Tensor | None]] | None = outs
         self.moves_out = list(moves_out)
+        self.watched: Sequence[int] = ()
         self.on_backward: Callable[[float], None] | None = None
         self.is_shared = False  # whether another crossing's graph reaches into this one's, or back
 
@@ -82,6 +84,7 @@ class Crossing:
         self, grads: list[Tensor | None], wanted: list[bool], keep_graph: bool
     ) -> list[Tensor | None]:
         """The derivatives with respect to the `wanted` wholes, given those of the outs."""
+        self._check_versions(self.watched)
         outs = self._outs(last=not keep_graph)
         given = [j for j, grad in enumerate(grads) if grad is not None]
         cotangents = self._cotangents(grads, given)
@@ -107,7 +110,7 @@ class Crossing:
         self, grads: list[Tensor | None], wanted: list[bool]
     ) -> list[Tensor | None]:
         """As `pull_back`, as differentiable functions of `grads` and of `wholes`."""
-        self._check_versions()
+        self._check_versions(range(len(self.wholes)))
         self.is_shared = True
         outs = self._outs(last=False)
         given = [j for j, grad in enumerate(grads) if grad is not None]
@@ -171,13 +174,14 @@ class Crossing:
             for lane in range(len(self.leaves))
         ]
 
-    def _check_versions(self) -> None:
-        for whole, version in zip(self.wholes, self.versions, strict=True):
-            if _version(whole) != version:
+    def _check_versions(self, watched: Iterable[int]) -> None:
+        for i in watched:
+            whole, expected = self.wholes[i], self.versions[i]
+            if version_of(whole) != expected:
                 raise RuntimeError(
                     "one of the variables needed for gradient computation has been modified by an "
                     f"inplace operation: a tensor of shape {tuple(whole.shape)} that went into a "
-                    f"wrapped module is at version {_version(whole)}; expected version {version}"
+                    f"wrapped module is at version {version_of(whole)}; expected version {expected}"
                 )
 
 
@@ -201,6 +205,8 @@ class _Node(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if any(grad is not None and is_batched(grad) for grad in grads):
+            raise NotImplementedError(BATCHED)
         wanted = [is_wanted(node) for node, _ in ctx.next_functions]
         if torch.is_grad_enabled():
             found = ctx.crossing.pull_back_differentiably(list(grads), wanted)
@@ -228,7 +234,3 @@ def _chosen(leaves: list[Tensor], wanted: list[bool]) -> list[Tensor]:
 def _take_grad(leaf: Tensor) -> Tensor | None:
     grad, leaf.grad = leaf.grad, None
     return grad
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version

@@ -53,6 +53,19 @@ def function_modes() -> list[TorchFunctionMode]:
     return [DeviceContext(m.device) if isinstance(m, DeviceContext) else m for m in modes]
 
 
+def version_of(tensor: Tensor) -> int:
+    """How often `tensor` has been written to in place; always 0 in inference mode."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `tensor` is many derivatives at once (`is_grads_batched`, `vectorize`)."""
+    try:
+        return _C._functorch.is_legacy_batchedtensor(tensor)
+    except AttributeError:
+        return False
+
+
 def is_transformed() -> bool:
     """Whether calls of this thread are traced or transformed (compile, torch.func, forward AD).
 

@@ -9,13 +9,14 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor, nn
 
-from .batch import Nest, is_shared, shared, split, with_tensors
+from .batch import Nest, is_shared, shared, split
 from .border import Move
 from .call import Call
 from .crossing import Crossing
+from .internals import version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
-from .outputs import agreed, check_alike, coming_out
+from .outputs import Ran, alike, written_to
 from .replica import Replica, Replicas, alias
 from .threads import Threads
 from .tuning import Tuner
@@ -64,16 +65,15 @@ class LaneRunner:
             [_leaf(group.go_in(x, move, lane), x) for x, move in zip(inputs, moves, strict=True)]
             for lane in range(len(replicas))
         ]
+        taken = [[_taken(leaf, x) for leaf, x in zip(mine, inputs, strict=True)] for mine in leaves]
 
         # Run
-        outputs = self._outputs(call, group, replicas, moves, leaves)
+        ran = alike(self._ran(call, group, replicas, taken), taken, call)
 
         # Gather
-        changes = agreed([replica.changes() for replica in replicas])
-        check_alike(outputs, f"The output of {call.method!r}")
         parts = [
-            list(coming_out(call, output, changed, group.sizes[lane], group.weights[lane]))
-            for lane, (output, changed) in enumerate(zip(outputs, changes, strict=True))
+            list(mine.coming_out(call, group.sizes[lane], group.weights[lane]))
+            for lane, mine in enumerate(ran)
         ]
         shares: list[Move] = ["share"] * len(parameters)
         crossing = Crossing(
@@ -84,43 +84,36 @@ class LaneRunner:
             [[tensor for tensor, _ in mine] for mine in parts],
             [move for _, move in parts[0]],
         )
+        crossing.watched = [i for i in range(len(inputs)) if i not in ran[0].inputs]
         crossing.on_backward = on_backward
         wholes = crossing.come_out([tensor for tensor, _ in parts[0]])
-        output, changed = with_tensors((outputs[0], changes[0]), wholes)
-        replicas[0].hand_back(changed)
-        return output
+        return ran[0].whole(call, replicas[0], wholes)
 
-    def _outputs(
-        self,
-        call: Call,
-        group: LaneGroup,
-        replicas: list[Replica],
-        moves: list[Move],
-        leaves: list[list[Tensor]],
-    ) -> list[Nest]:
-        """What `call` returns in each lane."""
+    def _ran(
+        self, call: Call, group: LaneGroup, replicas: list[Replica], taken: list[list[Tensor]]
+    ) -> list[Ran]:
+        """What `call` leaves in each lane, with the inputs `taken`."""
         state = (call.method, self.module.training)
         noise = Noise(len(replicas)) if self._draws.get(state, True) else None
 
-        def work(lane: int) -> Nest:
-            inputs = [
-                shared(leaf) if move == "share" else leaf
-                for leaf, move in zip(leaves[lane], moves, strict=True)
-            ]
+        def work(lane: int) -> Ran:
+            inputs, replica = taken[lane], replicas[lane]
+            before = [version_of(tensor) for tensor in inputs]
             with noise.lane(lane) if noise else nullcontext():
-                return call.on(replicas[lane].module, inputs)
+                output = call.on(replica.module, inputs)
+            return Ran(output, replica.changes(), written_to(inputs, before, call.inputs))
 
-        before = torch.get_rng_state()
+        random_state = torch.get_rng_state()
         try:
-            outputs = group.run(work)
+            ran = group.run(work)
         except BaseException:
             self._replicas.forget()
             raise
         if noise:
             self._draws[state] = noise.drawn
-        elif not torch.equal(before, torch.get_rng_state()):
+        elif not torch.equal(random_state, torch.get_rng_state()):
             self._draws[state] = True
-        return outputs
+        return ran
 
 
 def _aliases(
@@ -131,6 +124,10 @@ def _aliases(
 
 def _leaf(part: Tensor, whole: Tensor) -> Tensor:
     """`part`, as a leaf of a lane's graph if `whole` takes part in the outer graph."""
-    if not whole.requires_grad:
-        return part
-    return part.detach().requires_grad_(torch.is_grad_enabled())
+    return part.requires_grad_(whole.requires_grad and torch.is_grad_enabled())
+
+
+def _taken(leaf: Tensor, whole: Tensor) -> Tensor:
+    """What the module takes for `leaf`: it may write to it in place, which nobody may to a leaf."""
+    taken = leaf.clone() if leaf.requires_grad else leaf
+    return shared(taken) if is_shared(whole) else taken

@@ -152,6 +152,7 @@ class LaneGroup:
 
     def go_in(self, whole: Tensor, move: Move, lane: int) -> Tensor:
         """What `lane` gets of `whole`: its rows ("scatter") or all of it ("share")."""
+        whole = whole.data  # whose version is its own: other lanes may write to their rows
         part = whole[self._rows[lane]] if move == "scatter" else whole
         device = self._where.devices[lane]
         return part if device is None else part.to(device, non_blocking=True)

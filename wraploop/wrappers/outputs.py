@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batch import Nest, leaves_of, tensors_of
+from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call
-from .replica import Change, Place
+from .internals import version_of
+from .replica import Change, Place, Replica
 
 _ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
 
@@ -45,42 +47,113 @@ def move_out(tensor: Tensor, rows: int, where: str) -> Move:
     return "sum"
 
 
-def coming_out(
-    call: Call, output: Nest, changes: dict[Place, Change], rows: int, weight: float
-) -> Iterator[tuple[Tensor, Move]]:
-    """The tensors of a shard's output, then of its changes, each with the way it comes out.
+@dataclass(frozen=True)
+class Ran:
+    """What one shard's run of a call has left.
+
+    Attributes:
+        output: what it returned.
+        changes: what it set on its modules.
+        inputs: which inputs it wrote to in place, and what they became.
+    """
+
+    output: Nest
+    changes: dict[Place, Change]
+    inputs: dict[int, Tensor]
+
+    @property
+    def nest(self) -> Nest:
+        """All of it."""
+        return self.output, self.changes, self.inputs
+
+    def coming_out(self, call: Call, rows: int, weight: float) -> Iterator[tuple[Tensor, Move]]:
+        """The tensors of `nest`, in order, each with the way it comes out.
+
+        Args:
+            call: what was called.
+            rows: how many rows the shard ran.
+            weight: the shard's share of all rows.
+        """
+        for path, leaf in leaves_of(self.output):
+            if isinstance(leaf, Tensor):
+                move = move_out(leaf, rows, f"The output{path} of {call.method!r}")
+                yield leaf * weight if move == "sum" else leaf, move
+        for change in self.changes.values():
+            for leaf in tensors_of(change.value):
+                if change.is_agreed:
+                    yield leaf, "first"
+                elif leaf.ndim > 0 and len(leaf) == rows and not change.is_buffer:
+                    yield leaf, "gather"
+                elif leaf.is_floating_point() or leaf.is_complex():
+                    yield leaf * weight, "sum"
+                else:
+                    yield leaf, "first"
+        for leaf in self.inputs.values():
+            yield leaf, "gather"
+
+    def whole(self, call: Call, replica: Replica, wholes: Sequence[Tensor | None]) -> Nest:
+        """The output of the whole batch, once everything else has been handed back.
+
+        Args:
+            call: what was called.
+            replica: of the original, which `changes` are handed back to.
+            wholes: what the tensors of `nest` have become.
+        """
+        output, changes, inputs = with_tensors(self.nest, wholes)
+        replica.hand_back(changes)
+        originals = call.inputs
+        for i, value in inputs.items():
+            originals[i].copy_(value)
+        return output
+
+
+def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call) -> list[Ran]:
+    """What all lanes have left, in the same form in each.
+
+    Changes that not every lane has made are left out.
 
     Args:
+        ran: what each lane has left.
+        taken: what each lane had for the call's inputs.
         call: what was called.
-        output: what it returned.
-        changes: what it set on its modules, see `Replica.changes`.
-        rows: how many rows the shard ran.
-        weight: the shard's share of all rows.
+
+    Raises:
+        ValueError, TypeError: they have returned what cannot be put together.
     """
-    for path, leaf in leaves_of(output):
-        if isinstance(leaf, Tensor):
-            move = move_out(leaf, rows, f"The output{path} of {call.method!r}")
-            yield leaf * weight if move == "sum" else leaf, move
-    for change in changes.values():
-        for leaf in tensors_of(change.value):
-            if change.is_agreed:
-                yield leaf, "first"
-            elif leaf.ndim > 0 and len(leaf) == rows and not change.is_buffer:
-                yield leaf, "gather"
-            elif leaf.is_floating_point() or leaf.is_complex():
-                yield leaf * weight, "sum"
-            else:
-                yield leaf, "first"
-
-
-def agreed(changes: list[dict[Place, Change]]) -> list[dict[Place, Change]]:
-    """The changes that every shard has made, and in the same form."""
-    kept = [
+    check_alike([mine.output for mine in ran], f"The output of {call.method!r}")
+    places = [
         place
-        for place, first in changes[0].items()
-        if all(place in other and _same_form(first, other[place]) for other in changes[1:])
+        for place, first in ran[0].changes.items()
+        if all(place in r.changes and _same_form(first, r.changes[place]) for r in ran[1:])
     ]
-    return [{place: mine[place] for place in kept} for mine in changes]
+    written = sorted({i for mine in ran for i in mine.inputs})
+    return [
+        Ran(mine.output, {p: mine.changes[p] for p in places}, {i: inputs[i] for i in written})
+        for mine, inputs in zip(ran, taken, strict=True)
+    ]
+
+
+def written_to(inputs: list[Tensor], before: list[int], wholes: list[Tensor]) -> dict[int, Tensor]:
+    """Which of a shard's `inputs` its forward has written to in place.
+
+    Args:
+        inputs: the shard's.
+        before: their versions before.
+        wholes: the call's inputs.
+
+    Raises:
+        ValueError: it is one that all shards share.
+    """
+    found = {}
+    for i, (part, version) in enumerate(zip(inputs, before, strict=True)):
+        if version_of(part) != version:
+            if is_shared(wholes[i]):
+                raise ValueError(
+                    f"The module writes in place to its input {i}, of shape {tuple(part.shape)}, "
+                    "which all shards share. Pass a clone of it to what writes."
+                )
+            found[i] = part
+    return found
 
 
 def _same_form(a: Change, b: Change) -> bool:

@@ -15,7 +15,8 @@ def pack(tensor: Tensor) -> Tensor:
         entries = tensor.coalesce()
         count = torch.tensor([entries.sparse_dim()])
         return torch.cat([pack(count), pack(entries.indices()), pack(entries.values())])
-    return tensor.detach().resolve_conj().contiguous().view(-1).view(torch.uint8).cpu()
+    flat = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).cpu()
 
 
 def unpack(packed: Tensor, shape: Sequence[int], like: Tensor) -> Tensor:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .batch import Nest, is_shared, shared, tensors_of, with_tensors
+from .batch import Nest, is_shared, shared
 from .border import Move
 from .call import Call
 from .channel import Channel, PeerError, fingerprint
+from .internals import version_of
 from .noise import own_noise
-from .outputs import check_alike, coming_out
+from .outputs import Ran, check_alike, written_to
 from .ranks import Rank, come_out, go_in
 from .replica import Replicas
 from .shard import note, running
@@ -54,18 +55,19 @@ class RankRunner:
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
 
         # Run
+        before = [version_of(part) for part in taken]
         with running(rank), own_noise(self._channel.rank) as noise:
             output = call.on(replica.module, taken)
         rank.drew = noise.drew
+        ran = Ran(output, replica.changes(), written_to(taken, before, inputs))
+        check_alike([output], f"The output of {call.method!r}")
 
         # Gather
-        check_alike([output], f"The output of {call.method!r}")
-        changes = replica.changes()
-        out = list(coming_out(call, output, changes, rank.size, rank.weight))
+        out = list(ran.coming_out(call, rank.size, rank.weight))
         tensors = [tensor for tensor, _ in out]
         wholes = come_out(
             rank,
-            self._description(call, output),
+            self._description(call, tensors),
             tensors,
             [move for _, move in out],
             tensors,
@@ -73,9 +75,7 @@ class RankRunner:
         )
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
-        output, changed = with_tensors((output, changes), wholes)
-        replica.hand_back(changed)
-        return output
+        return ran.whole(call, replica, wholes)
 
     def _go_in(
         self, parameters: list[Tensor], _: torch.device | None
@@ -88,10 +88,10 @@ class RankRunner:
         )
         return leaves, tokens
 
-    def _description(self, call: Call, output: Nest) -> str:
+    def _description(self, call: Call, tensors: list[Tensor]) -> str:
         """What this rank has run, to be the same on every rank."""
         mode = "training" if self.module.training else "evaluation"
         grad = "" if torch.is_grad_enabled() else ", no grad"
         shapes = [tuple(x.shape) for x in call.inputs]
-        returned = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors_of(output)]
+        returned = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors]
         return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}"

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .batch import split, zeros_like_rows
-from .border import Move, adjoints
+from .border import BATCHED, Move, adjoints
 from .channel import Channel, fingerprint
+from .internals import is_batched
 from .packing import pack, size_of, unpack, unpack_sparse
 from .shard import Shard
 
@@ -215,6 +216,8 @@ class _ComeOut(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if any(grad is not None and is_batched(grad) for grad in grads):
+            raise NotImplementedError(BATCHED)
         given = {i: grad for i, grad in enumerate(grads) if grad is not None}
         facts = [fingerprint(grad) for grad in given.values()]
         ctx.rank.channel.agree("gradient of the loss", facts)

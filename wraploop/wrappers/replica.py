@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import GlobalBatchNorm, global_class
+from .internals import version_of
 from .tree import EXECUTION, Tree, attributes, is_own_container, is_quiet, items, same
 
 Place = tuple[int, str]  # which module of the tree, and which of its attributes
@@ -79,8 +80,8 @@ class Replica:
         self._memo.update((id(old), new) for old, new in zip(olds, news, strict=True))
         self.module: nn.Module = self._copy(original)
         self._made = [attributes(copy) for _, copy in self._modules]
-        self._taken_over = [_version(buffer) for buffer in tree.buffers]
-        self._before = [_version(copy) for copy in buffers]
+        self._taken_over = [version_of(buffer) for buffer in tree.buffers]
+        self._before = [version_of(copy) for copy in buffers]
 
     def refresh(self) -> None:
         """Takes over what changes from step to step: buffers, and values on another device.
@@ -95,10 +96,12 @@ class Replica:
                 leaf.grad = None
                 raise RuntimeError(_LEAKED)
         for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
-            changed = _version(buffer) != self._taken_over[i] or _version(copy) != self._before[i]
+            changed = (
+                version_of(buffer) != self._taken_over[i] or version_of(copy) != self._before[i]
+            )
             if changed and copy is not buffer:
                 copy.copy_(buffer)
-            self._taken_over[i], self._before[i] = _version(buffer), _version(copy)
+            self._taken_over[i], self._before[i] = version_of(buffer), version_of(copy)
 
     def _copy(self, value: Any) -> Any:
         """A copy of `value` where it holds modules, parameters or buffers, else `value` itself."""
@@ -180,7 +183,7 @@ class Replica:
 
     def _written(self) -> set[int]:
         """Which tensors have been written to in place."""
-        now = map(_version, self._buffers)
+        now = map(version_of, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
 
@@ -271,7 +274,3 @@ def alias(parameter: Tensor, device: torch.device | None) -> nn.Parameter:
     leaf = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
     vars(leaf).update(vars(parameter))  # what the user has put on it
     return leaf
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
