@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from .shard import current, sum_over_shards
+from .shard import Shard, current, sum_over_shards
+
+_LAST_SHARD = "_wraploop_shard"
 
 
 def batch_mean(tensor: Tensor) -> Tensor:
@@ -32,13 +34,12 @@ def batch_mean(tensor: Tensor) -> Tensor:
         >>> batch_mean(torch.tensor([[1.0, 2.0], [3.0, 6.0]]))
         tensor([2., 4.])
     """
-    total, rows = _batch_sum(tensor, [0])
+    total, rows = _batch_sum(tensor, [0], current())
     return total / rows
 
 
-def _batch_sum(tensor: Tensor, axes: list[int]) -> tuple[Tensor, Tensor]:
+def _batch_sum(tensor: Tensor, axes: list[int], shard: Shard | None) -> tuple[Tensor, Tensor]:
     """The sum of `tensor` over `axes` and all shards, and over how many elements that was."""
-    shard = current()
     own = tensor[:0] if shard is not None and shard.rows == 0 else tensor
     total = own.sum(axes)
     count = total.new_tensor([own.numel() // max(1, total.numel())])
@@ -58,15 +59,17 @@ class GlobalBatchNorm(_BatchNorm):
             ValueError: the batch has one value per channel.
         """
         of_this_batch = self.training or self.running_mean is None
-        if current() is None or not of_this_batch:
+        shard = current() or self.__dict__.get(_LAST_SHARD)  # checkpointing repeats it in backward
+        if shard is None or not of_this_batch:
             return super().forward(input)
+        self.__dict__[_LAST_SHARD] = shard
         self._check_input_dim(input)
         half = input.dtype in (torch.float16, torch.bfloat16)
         x = input.float() if half else input
         axes = [axis for axis in range(x.ndim) if axis != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
 
-        total, count = _batch_sum(x, axes)
+        total, count = _batch_sum(x, axes, shard)
         if count <= 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input of shape "
@@ -74,7 +77,7 @@ class GlobalBatchNorm(_BatchNorm):
             )
         mean = total / count
         centred = x - mean.view(shape)
-        variance = _batch_sum(centred.square(), axes)[0] / count
+        variance = _batch_sum(centred.square(), axes, shard)[0] / count
         if self.training and self.track_running_stats:
             self._track(mean.detach(), (variance * (count / (count - 1))).detach())
 

@@ -40,6 +40,7 @@ class Crossing:
 
     Attributes:
         watched: which wholes may not be written to before a backward, being saved for it.
+        on_written: called after a backward, which may have recomputed a forward and its writes.
         on_backward: told how many seconds a backward has taken.
     """
 
@@ -60,6 +61,7 @@ class Crossing:
         self.outs: list[list[Tensor | None]] | None = outs
         self.moves_out = list(moves_out)
         self.watched: Sequence[int] = ()
+        self.on_written: Callable[[], None] | None = None
         self.on_backward: Callable[[float], None] | None = None
         self.is_shared = False  # whether another crossing's graph reaches into this one's, or back
 
@@ -104,6 +106,8 @@ class Crossing:
             return [_take_grad(leaf) for leaf in leaves]
 
         parts = self.lanes.run(work)
+        if self.on_written:
+            self.on_written()
         return self.lanes.come_out(parts, adjoints(self.moves_in), self.leaves[0])
 
     def pull_back_differentiably(
@@ -205,6 +209,8 @@ class _Node(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * (3 + len(ctx.next_functions))
         if any(grad is not None and is_batched(grad) for grad in grads):
             raise NotImplementedError(BATCHED)
         wanted = [is_wanted(node) for node, _ in ctx.next_functions]

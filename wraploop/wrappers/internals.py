@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 _C: Any = torch._C
-_Hooks = tuple[Callable[..., Any], Callable[..., Any]]
 
 
 def is_wanted(node: Any) -> bool:
@@ -39,12 +38,12 @@ def keeps_graph() -> bool:
         return True
 
 
-def saved_tensors_hooks() -> _Hooks | None:
-    """What this thread does to tensors saved for backward (`saved_tensors_hooks`), if anything."""
+def has_saved_tensors_hooks() -> bool:
+    """Whether this thread does something to tensors saved for backward; no, if torch is silent."""
     try:
-        return _C._autograd._top_saved_tensors_default_hooks(True)
+        return _C._autograd._top_saved_tensors_default_hooks(True) is not None
     except AttributeError:
-        return None
+        return False
 
 
 def function_modes() -> list[TorchFunctionMode]:
@@ -87,3 +86,18 @@ def own_attributes() -> frozenset[str]:
 def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     """`a[i] + b[i]` for every `i`, in few calls of the operator."""
     return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage]
+
+
+def depends_on(outs: Iterable[Tensor], leaf: Tensor) -> bool:
+    """Whether the graph of one of `outs` reaches `leaf`, a leaf, or the node that made it."""
+    target = leaf.grad_fn if leaf.grad_fn is not None else leaf
+    nodes = [out.grad_fn for out in outs if out.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is target or getattr(node, "variable", None) is target:
+            return True
+        new = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= new
+        nodes += new
+    return False

@@ -13,10 +13,10 @@ from .batch import Nest, is_shared, shared, split
 from .border import Move
 from .call import Call
 from .crossing import Crossing
-from .internals import version_of
+from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
-from .outputs import Ran, alike, written_to
+from .outputs import Ran, alike, carried_moves, move_in, written_to
 from .replica import Replica, Replicas, alias
 from .threads import Threads
 from .tuning import Tuner
@@ -55,39 +55,57 @@ class LaneRunner:
     def _run(
         self, call: Call, rows: int, lanes: Lanes, on_backward: Callable[[float], None] | None
     ) -> Nest:
-        parameters, replicas = self._replicas.get(lanes.devices)
+        tree, replicas = self._replicas.get(lanes.devices)
         group = LaneGroup(split(rows, len(lanes.devices)), lanes, self._threads)
 
-        # Scatter
-        inputs = call.inputs
-        moves: list[Move] = ["share" if is_shared(x) else "scatter" for x in inputs]
+        # Scatter: the call's inputs, and what earlier calls have left in attributes
+        inputs = [*call.inputs, *tree.carried.values()]
+        moves: list[Move] = [move_in(x) for x in call.inputs]
+        moves += carried_moves(tree, replicas[0].rows, rows)
         leaves = [
             [_leaf(group.go_in(x, move, lane), x) for x, move in zip(inputs, moves, strict=True)]
             for lane in range(len(replicas))
         ]
         taken = [[_taken(leaf, x) for leaf, x in zip(mine, inputs, strict=True)] for mine in leaves]
+        count = len(call.inputs)
+        for replica, mine in zip(replicas, taken, strict=True):
+            replica.carry(dict(zip(tree.carried, mine[count:], strict=True)))
 
         # Run
-        ran = alike(self._ran(call, group, replicas, taken), taken, call)
+        given = [mine[:count] for mine in taken]
+        ran = alike(self._ran(call, group, replicas, given), given, call, group.sizes)
 
         # Gather
         parts = [
             list(mine.coming_out(call, group.sizes[lane], group.weights[lane]))
             for lane, mine in enumerate(ran)
         ]
-        shares: list[Move] = ["share"] * len(parameters)
+        outs = [[tensor for tensor, _ in mine] for mine in parts]
+        kept = [
+            i
+            for i in range(len(inputs))
+            if i < count or any(depends_on(outs[n], leaves[n][i]) for n in range(len(outs)))
+        ]
+        shares: list[Move] = ["share"] * len(tree.parameters)
         crossing = Crossing(
             group,
-            [*inputs, *parameters],
-            [*moves, *shares],
-            [[*mine, *replica.leaves] for mine, replica in zip(leaves, replicas, strict=True)],
-            [[tensor for tensor, _ in mine] for mine in parts],
+            [*(inputs[i] for i in kept), *tree.parameters],
+            [*(moves[i] for i in kept), *shares],
+            [
+                [*(mine[i] for i in kept), *replica.leaves]
+                for mine, replica in zip(leaves, replicas, strict=True)
+            ],
+            [[*mine] for mine in outs],
             [move for _, move in parts[0]],
         )
-        crossing.watched = [i for i in range(len(inputs)) if i not in ran[0].inputs]
+        crossing.watched = [i for i in range(count) if i not in ran[0].inputs]
         crossing.on_backward = on_backward
-        wholes = crossing.come_out([tensor for tensor, _ in parts[0]])
-        return ran[0].whole(call, replicas[0], wholes)
+        crossing.on_written = replicas[0].hand_back_recomputed
+        wholes = crossing.come_out(outs[0])
+        output = ran[0].whole(call, replicas[0], wholes)
+        for replica in replicas:
+            replica.settle()
+        return output
 
     def _ran(
         self, call: Call, group: LaneGroup, replicas: list[Replica], taken: list[list[Tensor]]
@@ -110,6 +128,7 @@ class LaneRunner:
             self._replicas.forget()
             raise
         if noise:
+            noise.end()
             self._draws[state] = noise.drawn
         elif not torch.equal(random_state, torch.get_rng_state()):
             self._draws[state] = True

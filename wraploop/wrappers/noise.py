@@ -31,8 +31,10 @@ class Noise:
 
     def __init__(self, lanes: int) -> None:
         self.drawn = False
-        self._lanes = lanes
-        self._states: list[Tensor] = []
+        self._outside = torch.default_generator.get_state()
+        seed = _seed_of(self._outside)
+        seeded = [torch.Generator().manual_seed(seed + lane) for lane in range(lanes)]
+        self._states = [generator.get_state() for generator in seeded]
 
     def lane(self, index: int) -> TorchDispatchMode:
         """A context in which random operators draw from the generator of lane `index`."""
@@ -40,23 +42,20 @@ class Noise:
 
     def draw(self, index: int, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """`func(*args, **kwargs)`, drawing from the generator of lane `index`."""
-        generator = torch.default_generator
+        generator, before = torch.default_generator, self._states[index]
         with _one_at_a_time:
-            if not self._states:
-                self._seed(generator)
-            outside = generator.get_state()
-            generator.set_state(self._states[index])
+            generator.set_state(before)
             try:
                 return func(*args, **kwargs)
             finally:
                 self._states[index] = generator.get_state()
-                generator.set_state(outside)
+                generator.set_state(self._outside)
+                self.drawn |= not torch.equal(before, self._states[index])
 
-    def _seed(self, generator: torch.Generator) -> None:
-        self.drawn = True
-        seeds = torch.randint(2**62, (self._lanes,), generator=generator)
-        for seed in seeds.tolist():
-            self._states.append(torch.Generator().manual_seed(seed).get_state())
+    def end(self) -> None:
+        """Moves the process's generator on if a lane has drawn, so that the next call's differ."""
+        if self.drawn:
+            torch.rand(1)
 
 
 class _LaneNoise(TorchDispatchMode):
@@ -82,6 +81,11 @@ def _has_generator(args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
     return any(isinstance(value, torch.Generator) for value in values)
 
 
+def _seed_of(state: Tensor) -> int:
+    """A seed that follows from a generator's state, without drawing from it."""
+    return int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=7).digest(), "big")
+
+
 class OwnNoise:
     """Whether numbers were drawn in an `own_noise` block.
 
@@ -101,9 +105,7 @@ def own_noise(number: int) -> Iterator[OwnNoise]:
     noise = OwnNoise()
     generators = _generators()
     before = [generator.get_state() for generator in generators]
-    seed = int.from_bytes(
-        hashlib.blake2b(before[0].numpy().tobytes(), digest_size=7).digest(), "big"
-    )
+    seed = _seed_of(before[0])
     seeded = []
     for generator in generators:
         generator.manual_seed(seed + number)

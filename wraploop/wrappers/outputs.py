@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,29 @@ from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call
 from .internals import version_of
-from .replica import Change, Place, Replica
+from .replica import Change, Replica
+from .tree import Place, Tree
 
 _ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
+
+
+def move_in(tensor: Tensor) -> Move:
+    """How an input goes into the shards."""
+    return "share" if is_shared(tensor) else "scatter"
+
+
+def carried_moves(tree: Tree, places: Container[Place], rows: int) -> list[Move]:
+    """How what earlier calls have left in attributes goes into the shards of `rows` rows.
+
+    Args:
+        tree: whose `carried` it is.
+        places: where tensors have a row for each row of the batch.
+        rows: how many rows the batch has now.
+    """
+    return [
+        "scatter" if place in places and len(tensor) == rows else "share"
+        for place, tensor in tree.carried.items()
+    ]
 
 
 def move_out(tensor: Tensor, rows: int, where: str) -> Move:
@@ -64,7 +84,7 @@ class Ran:
     @property
     def nest(self) -> Nest:
         """All of it."""
-        return self.output, self.changes, self.inputs
+        return self.output, [change.value for change in self.changes.values()], self.inputs
 
     def coming_out(self, call: Call, rows: int, weight: float) -> Iterator[tuple[Tensor, Move]]:
         """The tensors of `nest`, in order, each with the way it comes out.
@@ -82,7 +102,9 @@ class Ran:
             for leaf in tensors_of(change.value):
                 if change.is_agreed:
                     yield leaf, "first"
-                elif leaf.ndim > 0 and len(leaf) == rows and not change.is_buffer:
+                elif change.is_rows or (
+                    change.value is not leaf and leaf.ndim and len(leaf) == rows
+                ):
                     yield leaf, "gather"
                 elif leaf.is_floating_point() or leaf.is_complex():
                     yield leaf * weight, "sum"
@@ -99,15 +121,16 @@ class Ran:
             replica: of the original, which `changes` are handed back to.
             wholes: what the tensors of `nest` have become.
         """
-        output, changes, inputs = with_tensors(self.nest, wholes)
-        replica.hand_back(changes)
+        output, values, inputs = with_tensors(self.nest, wholes)
+        pairs = zip(self.changes.items(), values, strict=True)
+        replica.hand_back({place: replace(change, value=v) for (place, change), v in pairs})
         originals = call.inputs
         for i, value in inputs.items():
             originals[i].copy_(value)
         return output
 
 
-def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call) -> list[Ran]:
+def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int]) -> list[Ran]:
     """What all lanes have left, in the same form in each.
 
     Changes that not every lane has made are left out.
@@ -116,6 +139,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call) -> list[Ran]:
         ran: what each lane has left.
         taken: what each lane had for the call's inputs.
         call: what was called.
+        sizes: how many rows each lane has run.
 
     Raises:
         ValueError, TypeError: they have returned what cannot be put together.
@@ -126,11 +150,40 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call) -> list[Ran]:
         for place, first in ran[0].changes.items()
         if all(place in r.changes and _same_form(first, r.changes[place]) for r in ran[1:])
     ]
+    for place in places:
+        _check_same_values(place, [mine.changes[place].value for mine in ran])
+    rows = {
+        place
+        for place in places
+        if all(r.changes[place].may_be_rows(n, sum(sizes)) for r, n in zip(ran, sizes, strict=True))
+    }
     written = sorted({i for mine in ran for i in mine.inputs})
     return [
-        Ran(mine.output, {p: mine.changes[p] for p in places}, {i: inputs[i] for i in written})
+        Ran(
+            mine.output,
+            {p: replace(mine.changes[p], is_rows=p in rows) for p in places},
+            {i: inputs[i] for i in written},
+        )
         for mine, inputs in zip(ran, taken, strict=True)
     ]
+
+
+def plain_values(nest: Nest) -> list[Any]:
+    """The numbers, strings and the like in `nest`."""
+    return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, _ATOMS)]
+
+
+def _check_same_values(place: Place, values: list[Any]) -> None:
+    """Checks that what all shards have set an attribute to is the same, but for tensors."""
+    module, name = place
+    kept = [plain_values(value) for value in values]
+    for other in kept[1:]:
+        if other != kept[0]:
+            raise ValueError(
+                f"{type(module).__name__}.forward sets {name!r} to {values[0]!r} in one shard and "
+                f"{values[kept.index(other)]!r} in another. Keep what depends on the rows as a "
+                "tensor, with one row for each row of the batch or 0-dimensional."
+            )
 
 
 def written_to(inputs: list[Tensor], before: list[int], wholes: list[Tensor]) -> dict[int, Tensor]:

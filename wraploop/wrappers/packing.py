@@ -33,7 +33,8 @@ def unpack_sparse(packed: Tensor, like: Tensor) -> Tensor:
     end = 8 + 8 * axes * count
     indices = unpack(packed[8:end], [axes, count], torch.empty(0, dtype=torch.int64))
     values = unpack(packed[end:], [count, *row], like)
-    return torch.sparse_coo_tensor(indices.to(like.device), values, like.shape)
+    where = indices.to(like.device)
+    return torch.sparse_coo_tensor(where, values, like.shape, check_invariants=False)
 
 
 def size_of(shape: Sequence[int], like: Tensor) -> int:

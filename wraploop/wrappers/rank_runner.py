@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .batch import Nest, is_shared, shared
+from .batch import Nest, shared
 from .border import Move
 from .call import Call
 from .channel import Channel, PeerError, fingerprint
-from .internals import version_of
+from .internals import depends_on, version_of
 from .noise import own_noise
-from .outputs import Ran, check_alike, written_to
+from .outputs import Ran, alike, carried_moves, move_in, plain_values, written_to
 from .ranks import Rank, come_out, go_in
 from .replica import Replicas
 from .shard import note, running
@@ -36,7 +36,7 @@ class RankRunner:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
         rank = Rank(self._channel, rows, f"{self._name}.{call.method}")
         try:
-            return self._run(call, rank)
+            return self._run(call, rank, rows)
         except BaseException as error:
             self._replicas.forget()
             if isinstance(error, PeerError) or not isinstance(error, Exception):
@@ -45,33 +45,46 @@ class RankRunner:
             self._channel.fail(error)
             raise
 
-    def _run(self, call: Call, rank: Rank) -> Nest:
-        # Scatter
+    def _run(self, call: Call, rank: Rank, total: int) -> Nest:
+        # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = call.inputs
-        moves: list[Move] = ["share" if is_shared(x) else "scatter" for x in inputs]
+        moves: list[Move] = [move_in(x) for x in inputs]
         self._channel.agree("batch", [fingerprint(x) for x in inputs])
-        replica = self._replicas.get([None])[1][0]
+        tree, (replica,) = self._replicas.get([None])
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
+        carried_in = zip(
+            tree.carried.items(), carried_moves(tree, replica.rows, total), strict=True
+        )
+        carried = [
+            (place, *go_in(rank, f"the gradient of {place[1]}", [whole], [move], borrow=True))
+            for (place, whole), move in carried_in
+        ]
+        replica.carry({place: part for place, _, (part,) in carried})
 
         # Run
         before = [version_of(part) for part in taken]
         with running(rank), own_noise(self._channel.rank) as noise:
             output = call.on(replica.module, taken)
         rank.drew = noise.drew
-        ran = Ran(output, replica.changes(), written_to(taken, before, inputs))
-        check_alike([output], f"The output of {call.method!r}")
+        (ran,) = alike(
+            [Ran(output, replica.changes(), written_to(taken, before, inputs))],
+            [taken],
+            call,
+            [rank.size],
+        )
 
         # Gather
         out = list(ran.coming_out(call, rank.size, rank.weight))
         tensors = [tensor for tensor, _ in out]
+        used = [t for _, ts, (part,) in carried for t in ts if depends_on(tensors, part)]
         wholes = come_out(
             rank,
-            self._description(call, tensors),
+            self._description(call, ran, tensors),
             tensors,
             [move for _, move in out],
             tensors,
-            [*replica.tokens, *tokens],
+            [*replica.tokens, *tokens, *used],
         )
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
@@ -88,10 +101,12 @@ class RankRunner:
         )
         return leaves, tokens
 
-    def _description(self, call: Call, tensors: list[Tensor]) -> str:
+    def _description(self, call: Call, ran: Ran, tensors: list[Tensor]) -> str:
         """What this rank has run, to be the same on every rank."""
         mode = "training" if self.module.training else "evaluation"
         grad = "" if torch.is_grad_enabled() else ", no grad"
         shapes = [tuple(x.shape) for x in call.inputs]
         returned = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors]
-        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}"
+        values = {place[1]: plain_values(change.value) for place, change in ran.changes.items()}
+        left = f", having set {values}" if any(values.values()) else ""
+        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}"

@@ -216,6 +216,8 @@ class _ComeOut(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * (6 + ctx.tokens + len(grads))
         if any(grad is not None and is_batched(grad) for grad in grads):
             raise NotImplementedError(BATCHED)
         given = {i: grad for i, grad in enumerate(grads) if grad is not None}

@@ -29,19 +29,36 @@ from torch import Tensor, nn
 
 from .batchnorm import GlobalBatchNorm, global_class
 from .internals import version_of
-from .tree import EXECUTION, Tree, attributes, is_own_container, is_quiet, items, same
-
-Place = tuple[int, str]  # which module of the tree, and which of its attributes
+from .tree import EXECUTION, Place, Tree, attributes, is_own_container, is_quiet, items, same
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a forward has set an attribute to."""
+    """What a forward has set an attribute to.
+
+    Attributes:
+        value: that.
+        before: what it was.
+        is_buffer: whether it is a buffer, or a tensor written to in place: not batched.
+        is_in_place: whether it was written to in place.
+        is_agreed: whether it is the same in every shard.
+        is_rows: whether it has a row for each row of the batch.
+    """
 
     value: Any
-    is_buffer: bool  # a tensor that is not batched
+    before: Any = None
+    is_buffer: bool = False
     is_in_place: bool = False
-    is_agreed: bool = False  # the same in every shard
+    is_agreed: bool = False
+    is_rows: bool = False
+
+    def may_be_rows(self, rows: int, total: int) -> bool:
+        """Whether it may have a row for each of the shard's `rows`, of `total` of the batch."""
+        value, before = self.value, self.before
+        if self.is_buffer or not isinstance(value, Tensor) or value.ndim == 0:
+            return False
+        kept_shape = isinstance(before, Tensor) and before.shape == value.shape
+        return len(value) == rows and (self.is_rows or not kept_shape or len(value) == total)
 
 
 class Replica:
@@ -52,15 +69,18 @@ class Replica:
         tree: what it is made of.
         leaves: what the copy has instead of each of the tree's parameters.
         buffers: what it has instead of each of the tree's buffers.
+        rows: see below; added to when the forward leaves such a tensor.
         sync: whether batch norms in the copy use the statistics of the whole batch.
 
     Attributes:
         module: the copy.
         leaves: as given.
         tokens: what the outputs must depend on.
+        rows: the places in which forwards leave tensors with a row for each row of the batch.
     """
 
     tokens: Sequence[Tensor] = ()
+    rows: set[Place]
 
     def __init__(
         self,
@@ -68,9 +88,12 @@ class Replica:
         tree: Tree,
         leaves: list[Tensor],
         buffers: list[Tensor],
+        rows: set[Place],
         sync: bool,
     ) -> None:
         self.leaves = leaves
+        self.rows = rows
+        self._carried: dict[Place, Tensor] = {}
         self._tree = tree
         self._buffers = buffers
         self._sync = sync
@@ -92,7 +115,7 @@ class Replica:
         for parameter, leaf in zip(self._tree.parameters, self.leaves, strict=True):
             if leaf.device != parameter.device:
                 leaf.data.copy_(parameter)
-            if leaf.is_leaf and leaf.grad is not None:
+            if leaf.is_leaf and leaf is not parameter and leaf.grad is not None:
                 leaf.grad = None
                 raise RuntimeError(_LEAKED)
         for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
@@ -144,27 +167,41 @@ class Replica:
             copy.__dict__[name] = copied
         return copy
 
+    def carry(self, parts: dict[Place, Tensor]) -> None:
+        """Puts this shard's parts of what earlier forwards have left in their places."""
+        self._carried = parts
+        for (module, name), part in parts.items():
+            copy = self._memo[id(module)]
+            table = copy._buffers if name in copy._buffers else copy.__dict__
+            table[name] = part
+
     def changes(self) -> dict[Place, Change]:
         """What the last forward has set on its modules, or written to their buffers."""
         found: dict[Place, Change] = {}
         written = self._written()
-        for index, ((_, copy), made) in enumerate(zip(self._modules, self._made, strict=True)):
+        for (module, copy), made in zip(self._modules, self._made, strict=True):
             if written:
-                found.update(_written_to(copy, index, written))
+                found.update(_written_to(module, copy, written))
             if is_quiet(copy):
                 continue
             now = attributes(copy)
             for name in now:
-                if name not in made or not same(now[name], made[name]):
+                place = module, name
+                before = (self._carried[place],) if place in self._carried else made.get(name)
+                if before is None or not same(now[name], before):
                     is_buffer = name in copy._buffers
                     value = copy._buffers[name] if is_buffer else copy.__dict__[name]
-                    found[index, name] = Change(value, is_buffer)
+                    first = next(iter(before), None) if before else None
+                    is_rows = place in self._carried and place in self.rows
+                    found[place] = Change(value, first, is_buffer, is_rows=is_rows)
         return found
 
     def hand_back(self, changes: dict[Place, Change]) -> None:
         """Sets `changes` on the original's modules."""
-        for (index, name), change in changes.items():
-            module, value = self._modules[index][0], change.value
+        for (module, name), change in changes.items():
+            value = change.value
+            if change.is_rows:
+                self.rows.add((module, name))
             old = module.__dict__.get(name)
             if change.is_in_place:
                 target = module._buffers[name] if name in module._buffers else old
@@ -181,6 +218,18 @@ class Replica:
             else:
                 object.__setattr__(module, name, value)
 
+    def settle(self) -> None:
+        """Takes what is now in the buffers for handed back."""
+        self._before = [version_of(copy) for copy in self._buffers]
+
+    def hand_back_recomputed(self) -> None:
+        """Hands back what a forward that checkpointing repeats has written to buffers."""
+        written = self._written()
+        if written:
+            for module, copy in self._modules:
+                self.hand_back(dict(_written_to(module, copy, written)))
+            self.settle()
+
     def _written(self) -> set[int]:
         """Which tensors have been written to in place."""
         now = map(version_of, self._buffers)
@@ -188,11 +237,14 @@ class Replica:
         return {id(buffer) for buffer, version, before in pairs if version != before}
 
 
-def _written_to(copy: nn.Module, index: int, written: set[int]) -> Iterator[tuple[Place, Change]]:
+def _written_to(
+    module: nn.Module, copy: nn.Module, written: set[int]
+) -> Iterator[tuple[Place, Change]]:
     is_agreed = isinstance(copy, GlobalBatchNorm)
     for name, tensor in (*copy._buffers.items(), *copy.__dict__.items()):
         if id(tensor) in written:
-            yield (index, name), Change(tensor, True, is_in_place=True, is_agreed=is_agreed)
+            change = Change(tensor, is_buffer=True, is_in_place=True, is_agreed=is_agreed)
+            yield (module, name), change
 
 
 class Replicas:
@@ -223,16 +275,16 @@ class Replicas:
         self._sync = sync
         self._make_leaves = make_leaves
         self._own_buffers = own_buffers
+        self._rows: set[Place] = set()
         self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
 
-    def get(self, devices: Sequence[torch.device | None]) -> tuple[list[Tensor], list[Replica]]:
-        """The original's parameters, and a replica for each device, as the original is now."""
+    def get(self, devices: Sequence[torch.device | None]) -> tuple[Tree, list[Replica]]:
+        """The original's tree, and a replica for each device, as the original is now."""
         if self._tree is None or not self._tree.is_current():
-            self._tree = Tree(self._original)
+            self._tree = Tree(self._original, self._rows)
             self._sets.clear()
-        parameters = self._tree.parameters
-        frozen = tuple(not parameter.requires_grad for parameter in parameters)
+        frozen = tuple(not parameter.requires_grad for parameter in self._tree.parameters)
         replicas = self._sets.pop(frozen, [])
         self._sets[frozen] = replicas  # now the last
         if len(self._sets) > _MOST_SETS:
@@ -243,7 +295,7 @@ class Replicas:
             with torch.no_grad():
                 for replica in replicas:
                     replica.refresh()
-        return parameters, replicas[: len(devices)]
+        return self._tree, replicas[: len(devices)]
 
     def forget(self) -> None:
         """Has replicas made anew, after a forward that was broken off."""
@@ -255,7 +307,7 @@ class Replicas:
         buffers = tree.buffers
         if self._own_buffers:
             buffers = [buffer.detach().to(device, copy=True) for buffer in buffers]
-        replica = Replica(self._original, tree, leaves, buffers, self._sync)
+        replica = Replica(self._original, tree, leaves, buffers, self._rows, self._sync)
         replica.tokens = tokens
         return replica
 

@@ -1,14 +1,15 @@
 """Threads that outlive a call, and what of torch's state must be carried into them.
 
-Grad mode, inference mode, autocast, default device, torch-function modes, saved-tensor hooks and
-the number of operator threads are kept per thread by torch: a new thread has none of them.
+Grad mode, inference mode, autocast, default device, torch-function modes and the number of operator
+threads are kept per thread by torch: a new thread has none of them. Saved-tensor hooks are too, and
+stay behind.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import Context, copy_context
 from functools import partial
 from queue import SimpleQueue
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .internals import function_modes, saved_tensors_hooks
+from .internals import function_modes, has_saved_tensors_hooks
 
 T = TypeVar("T")
 
@@ -52,7 +53,8 @@ class Threads:
             first = _Task(work[0])
             if operator_threads is not None:
                 torch.set_num_threads(operator_threads)
-            first.do()
+            with _no_saved_tensors_hooks():
+                first.do()
             return _results([first, *tasks])
         finally:
             if operator_threads is not None:
@@ -111,6 +113,16 @@ class _Worker(threading.Thread):
             self.tasks.get().do()
 
 
+def _no_saved_tensors_hooks() -> AbstractContextManager[Any]:
+    """Keeps the calling thread's hooks from what is saved in its lane.
+
+    Checkpointing counts what is saved, in order, and lanes save at the same time.
+    """
+    if not has_saved_tensors_hooks():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+
+
 def _inside(enter: Callable[[ExitStack], None], context: Context, work: Callable[[], T]) -> T:
     with ExitStack() as stack:
         enter(stack)
@@ -124,7 +136,6 @@ def _surroundings(operator_threads: int | None) -> Callable[[ExitStack], None]:
     cache = torch.is_autocast_cache_enabled()
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     modes = function_modes()
-    saved = saved_tensors_hooks()
 
     def enter(stack: ExitStack) -> None:
         if operator_threads is not None:
@@ -136,8 +147,6 @@ def _surroundings(operator_threads: int | None) -> Callable[[ExitStack], None]:
                 stack.enter_context(torch.autocast(device, dtype, enabled, cache))
         for mode in modes:
             stack.enter_context(mode)
-        if saved is not None:
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(*saved))
 
     return enter
 

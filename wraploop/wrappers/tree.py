@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -19,38 +19,52 @@ _TORCHS_OWN = own_attributes()  # hooks and flags: no forward writes to these
 _CONTAINERS = (list, dict, OrderedDict, set)
 
 
+Place = tuple[nn.Module, str]  # an attribute of one of the original's modules
+
+
 class Tree:
     """The tree of `root` as it is now.
 
     Attributes:
-        parameters: the distinct tensors that its forward may be differentiated by: parameters, and
-            tensors in plain attributes that require grad.
+        parameters: the distinct leaves that its forward may be differentiated by: parameters, and
+            tensors in buffers and plain attributes that require grad.
         buffers: the other distinct tensors in it.
+        carried: what forwards have left in attributes for later ones: tensors with a graph, and
+            those in the places `rows`.
+
+    Args:
+        root: the module.
+        rows: places in which forwards leave tensors with a row for each row of the batch.
 
     Raises:
         ValueError: a parameter has no shape yet.
     """
 
-    def __init__(self, root: nn.Module) -> None:
+    def __init__(self, root: nn.Module, rows: Container[Place] = ()) -> None:
         parameters: dict[int, Tensor] = {}
         buffers: dict[int, Tensor] = {}
         for name, parameter in root.named_parameters():
             _check_shape(name, parameter)
             parameters[id(parameter)] = parameter
         self._contents: list[tuple[Any, list[Any]]] = []
+        self.carried: dict[Place, Tensor] = {}
         self._plain: list[tuple[Tensor, bool]] = []
         for module in root.modules():
             own = module.__dict__
             self._contents.append((own, items(own)))
             tables = [value for name, value in own.items() if is_own_container(name, value)]
             self._contents += [(table, items(table)) for table in tables]
-            buffers.update((id(b), b) for b in module._buffers.values() if b is not None)
-            plain = [value for value in own.values() if isinstance(value, Tensor)]
-            self._plain += [(value, value.requires_grad) for value in plain]
-            for value in plain:
-                (parameters if value.requires_grad else buffers).setdefault(id(value), value)
+            held = [(name, value) for name, value in own.items() if isinstance(value, Tensor)]
+            self._plain += [(value, value.requires_grad) for _, value in held]
+            for name, value in (*held, *module._buffers.items()):
+                if value is None or id(value) in parameters:
+                    continue
+                if value.grad_fn is not None or (module, name) in rows:
+                    self.carried[module, name] = value
+                else:
+                    (parameters if value.requires_grad else buffers)[id(value)] = value
         self.parameters = list(parameters.values())
-        self.buffers = [b for b in buffers.values() if id(b) not in parameters]
+        self.buffers = list(buffers.values())
         self._places = self._where()
 
     def is_current(self) -> bool:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
+from typing_extensions import Self
 
 from .batch import Nest, tensors_of
 from .call import Call
@@ -23,7 +24,7 @@ from .tree import EXECUTION
 
 @functools.cache
 def _own_names(cls: type[ModelWrapper]) -> frozenset[str]:
-    """The attributes that wrappers of class `cls` have of their own, as their classes declare."""
+    """The attributes that wrappers of class `cls` have of their own: declared, or any module has."""
     classes = (c for c in cls.__mro__ if issubclass(c, ModelWrapper))
     return frozenset(
         name for c in classes for name in (*vars(c).get("__annotations__", ()), *vars(c))
@@ -114,10 +115,16 @@ class ModelWrapper(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         inner = self.__dict__.get("_modules", {}).get("module")
-        if inner is None or name in _own_names(self.__class__) or not hasattr(inner, name):
+        if inner is None or name in _own_names(self.__class__):
             super().__setattr__(name, value)
         else:
             setattr(inner, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__ or name in self._modules:
+            super().__delattr__(name)
+        else:
+            delattr(self.module, name)
 
     def _guarded(self, name: str, method: Any) -> Any:
         """The module's `method`, which may not take tensors: it would run on the whole batch."""
@@ -135,6 +142,25 @@ class ModelWrapper(nn.Module):
         return guarded
 
     # From outside, the module
+
+    def train(self, mode: bool = True) -> Self:
+        """Puts the module into training mode, or evaluation mode."""
+        self.training = mode
+        self.module.train(mode)
+        return self
+
+    def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
+        """Applies `fn` to each of the module's modules, itself last."""
+        self.module.apply(fn)
+        return self
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.module._apply(*args, **kwargs)
+        return self
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The module's children, under their own names."""
+        yield from self.module.named_children()
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -163,5 +189,26 @@ class ModelWrapper(nn.Module):
         for key in [key for key in state_dict if key.startswith(prefix)]:
             state_dict[f"{prefix}module.{key[len(prefix) :]}"] = state_dict.pop(key)
 
+    def __bool__(self) -> bool:
+        return True
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != EXECUTION}
+
+
+def _of_the_module(name: str) -> Callable[..., Any]:
+    """A method that is the module's own of that name."""
+
+    def method(self: ModelWrapper, *args: Any, **kwargs: Any) -> Any:
+        return getattr(type(self.module), name)(self.module, *args, **kwargs)
+
+    method.__name__, method.__doc__ = name, "As the module's own."
+    return method
+
+
+for _name in (
+    *("get_submodule", "get_parameter", "get_buffer"),
+    *("add_module", "register_module", "register_parameter", "register_buffer"),
+    *("__len__", "__iter__", "__contains__", "__getitem__", "__setitem__", "__delitem__"),
+):
+    setattr(ModelWrapper, _name, _of_the_module(_name))
