@@ -118,7 +118,7 @@ def rows_of(nest: Nest) -> int | None:
     """How many rows the batched tensors of `nest` have; None if there are none of these.
 
     Raises:
-        ValueError: two of them disagree.
+        ValueError: two of them disagree, or a list seems to hold one thing for each row.
     """
     rows, first = None, ""
     for path, leaf in leaves_of(nest):
@@ -133,7 +133,22 @@ def rows_of(nest: Nest) -> int | None:
                 "must count the batch's rows. Mark an input that every shard needs whole with "
                 "`wraploop.shared(tensor)`."
             )
+    _check_lists(nest, rows)
     return rows
+
+
+def _check_lists(nest: Nest, rows: int | None) -> None:
+    """Refuses lists that seem to have an item for each row: they go to every shard whole."""
+    for path, child in _children(nest) or []:
+        if isinstance(child, Tensor):
+            continue
+        _check_lists(child, rows)
+        if isinstance(child, list) and rows and 1 < rows == len(child) and not tensors_of(child):
+            raise ValueError(
+                f"The input {path} is a list of {rows} items that are no tensors, beside {rows} "
+                "rows of tensors, and would go whole to every shard. If it has an item for each "
+                "row, pass a tensor; if not, pass a tuple."
+            )
 
 
 def split(rows: int, shards: int) -> list[slice]:

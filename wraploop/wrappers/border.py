@@ -17,11 +17,13 @@ Lanes (`crossing.py`) and processes (`ranks.py`) make these moves in their own w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
-# "first" is no move of the algebra: shard 0's, for what has no derivative and no mean.
-Move = Literal["scatter", "share", "gather", "sum", "first"]
+from torch import Tensor
+
+# Besides, for what has no derivative: the mean over shards, weighted by rows, and shard 0's own
+Move = Literal["scatter", "share", "gather", "sum", "mean", "first"]
 
 _ADJOINT: dict[Move, Move] = {
     "scatter": "gather",
@@ -45,3 +47,13 @@ BATCHED = (
     "A wrapped module cannot be differentiated in many directions at once (is_grads_batched=True, "
     "vectorize=True). Call torch.autograd.grad once for each."
 )
+
+
+def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The mean of the shards' `parts`; the very bits of one if they are all the same."""
+    if all(part.equal(parts[0]) for part in parts[1:]):
+        return parts[0]
+    total = parts[0] * weights[0]
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total = total + part * weight
+    return total

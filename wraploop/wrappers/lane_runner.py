@@ -32,7 +32,7 @@ class LaneRunner:
 
     def __init__(self, module: nn.Module, sync_batchnorm: bool) -> None:
         self.module = module
-        self._replicas = Replicas(module, sync_batchnorm, _aliases, own_buffers=True)
+        self._replicas = Replicas(module, sync_batchnorm, _aliases)
         self._threads = Threads()
         self._draws: dict[tuple[str, bool], bool] = {}
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import shard as shards
 from .batch import zeros_like_rows
-from .border import Move
+from .border import Move, weighted_mean
 from .internals import foreach_add
 from .shard import Shard
 from .threads import Disagreement, Threads
@@ -178,6 +178,8 @@ class LaneGroup:
                 continue
             if move == "first":
                 wholes[i] = column[0]
+            elif move == "mean":
+                wholes[i] = weighted_mean([p for p in column if p is not None], self.weights)
             elif move == "gather":
                 wholes[i] = torch.cat(self._without_gaps(column, like[i]))
             else:

@@ -106,10 +106,12 @@ class Ran:
                     change.value is not leaf and leaf.ndim and len(leaf) == rows
                 ):
                     yield leaf, "gather"
-                elif leaf.is_floating_point() or leaf.is_complex():
+                elif not (leaf.is_floating_point() or leaf.is_complex()):
+                    yield leaf, "first"
+                elif leaf.requires_grad:
                     yield leaf * weight, "sum"
                 else:
-                    yield leaf, "first"
+                    yield leaf, "mean"
         for leaf in self.inputs.values():
             yield leaf, "gather"
 

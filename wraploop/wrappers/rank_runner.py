@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
@@ -11,10 +13,11 @@ from .call import Call
 from .channel import Channel, PeerError, fingerprint
 from .internals import depends_on, version_of
 from .noise import own_noise
-from .outputs import Ran, alike, carried_moves, move_in, plain_values, written_to
+from .outputs import Ran, carried_moves, check_alike, move_in, plain_values, written_to
 from .ranks import Rank, come_out, go_in
-from .replica import Replicas
+from .replica import Change, Replicas
 from .shard import note, running
+from .tree import Place
 
 
 class RankRunner:
@@ -30,7 +33,7 @@ class RankRunner:
         self.module = module
         self._channel = channel
         self._name = type(module).__name__
-        self._replicas = Replicas(module, sync_batchnorm, self._go_in, own_buffers=False)
+        self._replicas = Replicas(module, sync_batchnorm, self._go_in)
 
     def run(self, call: Call, rows: int) -> Nest:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
@@ -67,12 +70,10 @@ class RankRunner:
         with running(rank), own_noise(self._channel.rank) as noise:
             output = call.on(replica.module, taken)
         rank.drew = noise.drew
-        (ran,) = alike(
-            [Ran(output, replica.changes(), written_to(taken, before, inputs))],
-            [taken],
-            call,
-            [rank.size],
+        ran = Ran(
+            output, self._agreed(replica.changes(), rank, total), written_to(taken, before, inputs)
         )
+        check_alike([output], f"The output of {call.method!r}")
 
         # Gather
         out = list(ran.coming_out(call, rank.size, rank.weight))
@@ -88,7 +89,21 @@ class RankRunner:
         )
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
-        return ran.whole(call, replica, wholes)
+        output = ran.whole(call, replica, wholes)
+        replica.settle()
+        return output
+
+    def _agreed(self, changes: dict[Place, Change], rank: Rank, total: int) -> dict[Place, Change]:
+        """`changes`, with what has rows on every rank marked as such."""
+        mine = [change.may_be_rows(rank.size, total) for change in changes.values()]
+        if not any(isinstance(c.value, Tensor) and not c.is_buffer for c in changes.values()):
+            return changes
+        said = self._channel.exchange("look at attributes", torch.tensor(mine, dtype=torch.uint8))
+        if any(len(flags) != len(mine) for flags in said):
+            raise ValueError("The forward has set other attributes on other processes.")
+        everywhere = torch.stack(said).all(0).tolist()
+        pairs = zip(changes.items(), everywhere, strict=True)
+        return {place: replace(change, is_rows=bool(rows)) for (place, change), rows in pairs}
 
     def _go_in(
         self, parameters: list[Tensor], _: torch.device | None

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .batch import split, zeros_like_rows
-from .border import BATCHED, Move, adjoints
+from .border import BATCHED, Move, adjoints, weighted_mean
 from .channel import Channel, fingerprint
 from .internals import is_batched
 from .packing import pack, size_of, unpack, unpack_sparse
@@ -113,11 +113,19 @@ class Rank(Shard):
             if sparse[i]:
                 wholes[i] = self._sparse_sum(doing, parts[i], like[i])
             elif used[i] and i not in apart:
-                wholes[i] = torch.cat(column) if move == "gather" else _total(column)
+                wholes[i] = self._joined(column, move)
         sums = [i for i in apart if used[i] and not sparse[i] and moves[i] == "sum"]
         for i, total in self._sums({i: parts[i] for i in sums}, like):
             wholes[i] = total
         return wholes, differentiable
+
+    def _joined(self, parts: Sequence[Tensor], move: Move) -> Tensor:
+        if move == "gather":
+            return torch.cat(list(parts))
+        if move == "sum":
+            return _total(parts)
+        rows = [part.stop - part.start for part in self.parts]
+        return weighted_mean(parts, [count / sum(rows) for count in rows])
 
     def _apart(self, moves: Sequence[Move], like: list[Tensor]) -> set[int]:
         """What is not sent to everyone: what stays here, and sums large enough to be reduced."""
@@ -133,7 +141,7 @@ class Rank(Shard):
         start = len(moves)
         rows = self.parts[rank].stop - self.parts[rank].start
         for i, (move, model) in enumerate(zip(moves, like, strict=True)):
-            shape = model.shape if move == "sum" else (rows, *model.shape[1:])
+            shape = (rows, *model.shape[1:]) if move == "gather" else model.shape
             if i in apart:
                 terms.append(model)
             elif said[i] & _USED and not said[i] & _SPARSE:

@@ -27,9 +27,34 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
 from .internals import version_of
 from .tree import EXECUTION, Place, Tree, attributes, is_own_container, is_quiet, items, same
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A tensor that a container held before the forward, and that no shard has made."""
+
+    tensor: Tensor
+
+
+def _without(value: Any, held: list[Any]) -> Any:
+    """`value` with each tensor that is one of `held` kept from being seen as the shard's."""
+    ids = {id(item) for item in held}
+    return map_tensors(lambda t, _: _Held(t) if id(t) in ids else t, value) if ids else value
+
+
+def _with(value: Any) -> Any:
+    """`value` with what `_without` kept."""
+    if isinstance(value, _Held):
+        return value.tensor
+    if isinstance(value, list):
+        return [_with(item) for item in value]
+    if isinstance(value, dict):
+        return type(value)((key, _with(item)) for key, item in value.items())
+    return value
 
 
 @dataclass(frozen=True)
@@ -122,7 +147,7 @@ class Replica:
             changed = (
                 version_of(buffer) != self._taken_over[i] or version_of(copy) != self._before[i]
             )
-            if changed and copy is not buffer:
+            if changed:
                 copy.copy_(buffer)
             self._taken_over[i], self._before[i] = version_of(buffer), version_of(copy)
 
@@ -191,7 +216,8 @@ class Replica:
                 if before is None or not same(now[name], before):
                     is_buffer = name in copy._buffers
                     value = copy._buffers[name] if is_buffer else copy.__dict__[name]
-                    first = next(iter(before), None) if before else None
+                    first, *held = before or (None,)
+                    value = _without(value, held)
                     is_rows = place in self._carried and place in self.rows
                     found[place] = Change(value, first, is_buffer, is_rows=is_rows)
         return found
@@ -199,7 +225,7 @@ class Replica:
     def hand_back(self, changes: dict[Place, Change]) -> None:
         """Sets `changes` on the original's modules."""
         for (module, name), change in changes.items():
-            value = change.value
+            value = _with(change.value)
             if change.is_rows:
                 self.rows.add((module, name))
             old = module.__dict__.get(name)
@@ -220,7 +246,9 @@ class Replica:
 
     def settle(self) -> None:
         """Takes what is now in the buffers for handed back."""
-        self._before = [version_of(copy) for copy in self._buffers]
+        for i, (copy, buffer) in enumerate(zip(self._buffers, self._tree.buffers, strict=True)):
+            if version_of(copy) != self._before[i] and torch.equal(copy, buffer.to(copy.device)):
+                self._before[i], self._taken_over[i] = version_of(copy), version_of(buffer)
 
     def hand_back_recomputed(self) -> None:
         """Hands back what a forward that checkpointing repeats has written to buffers."""
@@ -258,7 +286,6 @@ class Replicas:
         sync: whether batch norms in replicas use the statistics of the whole batch.
         make_leaves: makes, of the parameters and a device, what a replica there has instead, and
             tokens that its outputs must depend on.
-        own_buffers: whether a replica has buffers of its own.
     """
 
     def __init__(
@@ -268,13 +295,10 @@ class Replicas:
         make_leaves: Callable[
             [list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]
         ],
-        *,
-        own_buffers: bool,
     ) -> None:
         self._original = original
         self._sync = sync
         self._make_leaves = make_leaves
-        self._own_buffers = own_buffers
         self._rows: set[Place] = set()
         self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
@@ -304,9 +328,7 @@ class Replicas:
     def _made_for(self, tree: Tree, device: torch.device | None) -> Replica:
         with torch.enable_grad():
             leaves, tokens = self._make_leaves(tree.parameters, device)
-        buffers = tree.buffers
-        if self._own_buffers:
-            buffers = [buffer.detach().to(device, copy=True) for buffer in buffers]
+        buffers = [buffer.detach().to(device, copy=True) for buffer in tree.buffers]
         replica = Replica(self._original, tree, leaves, buffers, self._rows, self._sync)
         replica.tokens = tokens
         return replica

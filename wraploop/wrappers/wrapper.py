@@ -19,16 +19,16 @@ from typing_extensions import Self
 
 from .batch import Nest, tensors_of
 from .call import Call
+from .internals import own_attributes
 from .tree import EXECUTION
 
 
 @functools.cache
 def _own_names(cls: type[ModelWrapper]) -> frozenset[str]:
-    """The attributes that wrappers of class `cls` have of their own: declared, or any module has."""
-    classes = (c for c in cls.__mro__ if issubclass(c, ModelWrapper))
-    return frozenset(
-        name for c in classes for name in (*vars(c).get("__annotations__", ()), *vars(c))
-    )
+    """The attributes that wrappers of class `cls` have of their own, not the module's."""
+    classes = [c for c in cls.__mro__ if issubclass(c, ModelWrapper)]
+    declared = [name for c in classes for name in (*vars(c).get("__annotations__", ()), *vars(c))]
+    return own_attributes() | frozenset(declared)
 
 
 class Execution(Protocol):
