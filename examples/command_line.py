@@ -1,16 +1,17 @@
 """What the examples' command lines share: choosing a wrapper, plain errors, Ctrl-C.
 
-    --wrapper ThreadedCPUParallel      by name; None for no wrapper
-    --config examples/threads.yaml     or by a line of a YAML file
+`--wrapper ThreadedCPUParallel` chooses by name, `None` for no wrapper;
+`--config examples/threads.yaml` by a line in a file, which may give options too.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
@@ -24,25 +25,23 @@ def parse(description: str | None, epochs: int, batch_size: int) -> argparse.Nam
     )
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--wrapper", metavar="NAME", default="None", help="what runs the model")
-    where.add_argument("--config", metavar="FILE", type=Path, help="YAML file with a `wrapper` line")
+    where.add_argument("--config", metavar="FILE", type=Path, help="YAML with a `wrapper` line")
     parser.add_argument("--epochs", metavar="N", type=int, default=epochs)
     parser.add_argument("--batch-size", metavar="ROWS", type=int, default=batch_size)
     parser.add_argument("--seed", metavar="N", type=int, default=0)
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to leave the results")
-    with open(os.devnull, "w") as nowhere:
-        silence = contextlib.redirect_stderr(nowhere)
-        with contextlib.nullcontext() if processes.is_main_process() else silence:
-            options = parser.parse_args()
-            for name in ("epochs", "batch_size"):
-                if getattr(options, name) < 1:
-                    parser.error(f"--{name.replace('_', '-')} is at least 1")
+    parser.error = refuse
+    options = parser.parse_args()
+    for name in ("epochs", "batch_size"):
+        if getattr(options, name) < 1:
+            refuse(f"--{name.replace('_', '-')} is at least 1")
     options.wrapper = None if options.wrapper == "None" else options.wrapper
     if options.config:
         options.wrapper = read_config(options.config)
     return options
 
 
-def read_config(path: Path):
+def read_config(path: Path) -> Any:
     """What stands after `wrapper:` in a YAML file."""
     try:
         config = yaml.safe_load(path.read_text())
@@ -55,7 +54,7 @@ def read_config(path: Path):
     return config["wrapper"]
 
 
-def wrapped(models, spec):
+def wrapped(models: Any, spec: Any) -> Any:
     """The models, run by the wrapper that `spec` names."""
     try:
         return wrap(models, spec)
@@ -63,10 +62,12 @@ def wrapped(models, spec):
         refuse(" ".join(str(error).split()))
 
 
-def refuse(message: str):
-    """Ends the program for a mistake of its user: one line, once."""
+def refuse(message: str) -> NoReturn:
+    """Ends the program for a mistake of its user: one line, from one process."""
     if processes.is_main_process():
-        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(2)  # torchrun ends all with the first, which should be the one that speaks
     raise SystemExit(2)
 
 

@@ -9,6 +9,7 @@ One word chooses where the model runs:
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from command_line import parse, run, wrapped
@@ -17,10 +18,8 @@ from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from wraploop import processes
+from wraploop import Learner, ValidationPhase, processes
 from wraploop.callbacks.metrics import Metrics, accuracy
-from wraploop.learner import Learner
-from wraploop.phases import ValidationPhase
 
 
 def make_classifier(width=32):
@@ -40,7 +39,7 @@ def make_classifier(width=32):
 
 def load_batches(batch_size):
     """Batches of images and digits: three quarters to train on, the rest held out."""
-    digits = load_digits()
+    digits: Any = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
     rows = train_test_split(range(len(images)), stratify=digits.target, random_state=0)
     training, held_out = (TensorDataset(images[r], torch.tensor(digits.target)[r]) for r in rows)

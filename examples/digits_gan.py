@@ -14,6 +14,7 @@ import hashlib
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gan_step
 import torch
@@ -23,19 +24,23 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from wraploop import processes
-from wraploop.callback import Callback, on
-from wraploop.events import StepBegin, StepEnd
-from wraploop.learner import Learner
-from wraploop.phases import AbstractTrainingPhase
+from wraploop import (
+    AbstractTrainingPhase,
+    Callback,
+    Learner,
+    StepBegin,
+    StepEnd,
+    on,
+    processes,
+)
 
 LATENT_SIZE = 32
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 5e-3
 PASSES_PER_EPOCH = 10
 COMPARED_STEPS = 50
 
 
-def make_generator(width=128):
+def make_generator(width=192):
     """Latents, shape `(B, 32)`, to images between -1 and 1, shape `(B, 1, 8, 8)`."""
     return nn.Sequential(
         nn.Linear(LATENT_SIZE, width, bias=False),
@@ -50,7 +55,7 @@ def make_generator(width=128):
     )
 
 
-def make_critic(width=128):
+def make_critic(width=192):
     """Images, shape `(B, 1, 8, 8)`, to scores, shape `(B, 1)`."""
     return nn.Sequential(
         nn.Flatten(),
@@ -64,7 +69,8 @@ def make_critic(width=128):
 
 def load_images():
     """The digits, shape `(1797, 1, 8, 8)`, between -1 and 1."""
-    return torch.tensor(load_digits().images, dtype=torch.float64)[:, None] / 8 - 1
+    digits: Any = load_digits()
+    return torch.tensor(digits.images, dtype=torch.float64)[:, None] / 8 - 1
 
 
 def make_batches(images, batch_size):
@@ -114,7 +120,7 @@ def copy_states(learner):
 
 
 def main():
-    options = parse(__doc__, epochs=8, batch_size=128)
+    options = parse(__doc__, epochs=6, batch_size=256)
     torch.manual_seed(options.seed)
     models = {"generator": make_generator().double(), "critic": make_critic().double()}
     models = wrapped(models, options.wrapper)  # the one line
@@ -127,7 +133,7 @@ def main():
         data=batches,
         callbacks=[LinearDecay(options.epochs * len(batches)), snapshot],
     )
-    phase = GANStep(LATENT_SIZE, r1_weight=0.3)
+    phase = GANStep(LATENT_SIZE, r1_weight=0.2)
     begun_s = time.perf_counter()
     learner.fit(options.epochs, [phase])
     seconds = time.perf_counter() - begun_s
@@ -138,7 +144,7 @@ def save(options, learner, snapshot, seconds_per_epoch):
     """Leaves on disk what `scripts/demo` compares."""
     learner.model.generator.eval()
     with torch.no_grad():  # on every process: the generator may be spread over them
-        images = learner.model.generator(torch.randn(100, LATENT_SIZE, dtype=torch.float64))
+        images = learner.model.generator(torch.randn(64, LATENT_SIZE, dtype=torch.float64))
     if options.out is None or not processes.is_main_process():
         return
     steps = learner.metrics[GANStep].steps

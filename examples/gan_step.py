@@ -7,8 +7,7 @@ images (Mescheder et al., 2018). R1 is a derivative of a derivative, across the 
 import torch
 from torch.nn.functional import softplus
 
-from wraploop.events import BackwardBegin, BackwardEnd
-from wraploop.phases import AbstractTrainingPhase
+from wraploop import AbstractTrainingPhase, BackwardBegin, BackwardEnd
 
 
 class GANStep(AbstractTrainingPhase):
