@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from wraploop.callback import Callback, Callbacks, in_order, on
+from wraploop.callback import Callback, Table, on
 from wraploop.events import EpochEnd, Event, FitBegin, LossBegin, StepBegin, StepEnd
 from wraploop.learner import Learner
+from wraploop.order import in_order
 from wraploop.phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -221,7 +222,7 @@ def test_a_class_is_not_a_callback():
 
 
 def test_the_table_of_no_phase_holds_only_what_asks_for_no_phase():
-    one = learner(TwoMoments(), Everything())
-    table = Callbacks(one, [TwoMoments(), Everything()]).table(None)
-    assert len(table[StepEnd]) == 1
-    assert len(Callbacks(one, [TwoMoments()]).table(Phase)[StepEnd]) == 0
+    both = [TwoMoments(), Everything()]
+    assert len(Table(both, type(None))[StepEnd]) == 1
+    assert len(Table(both, TrainingPhase)[StepEnd]) == 2
+    assert len(Table([TwoMoments()], Phase)[StepEnd]) == 0

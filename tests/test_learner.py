@@ -294,6 +294,17 @@ def test_a_step_within_a_step_puts_the_outer_ones_state_back():
     assert record.events == [StepBegin, StepBegin, LossBegin, StepEnd, StepEnd]
 
 
+def test_a_step_within_a_backward_ends_its_own_and_not_the_outer_ones():
+    class Outer(AbstractTrainingPhase):
+        def step(self, learner, batch):
+            learner.handle(BackwardBegin())
+            learner.run_step(TrainingPhase(), batch)
+            learner.handle(BackwardEnd())
+
+    learner(record := Record()).run_step(Outer(), batches(1)[0])
+    assert_every_begin_has_one_end(record.events)
+
+
 def test_a_step_within_a_step_can_be_cancelled_alone():
     class Outer(AbstractTrainingPhase):
         def step(self, learner, batch):
@@ -466,7 +477,7 @@ def test_a_missing_loss_function_is_an_error_that_says_so():
 
 
 def test_what_no_callback_writes_is_an_error_that_says_so():
-    with pytest.raises(AttributeError, match=r"no 'history'.*with History\(\)"):
+    with pytest.raises(AttributeError, match=r"no 'history'.*with the callback History\(\)"):
         _ = learner().history
 
 

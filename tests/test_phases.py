@@ -150,15 +150,15 @@ def test_a_phase_without_a_step_is_an_error_that_says_so():
     class Nothing(AbstractTrainingPhase):
         pass
 
-    with pytest.raises(TypeError, match="Nothing says nothing about its step"):
-        Nothing()
-    with pytest.raises(TypeError, match="Phase says nothing about its step"):
-        Phase()
+    with pytest.raises(TypeError, match=r"abstract class Nothing with.* abstract method '?step"):
+        Nothing()  # pyright: ignore[reportAbstractUsage]
+    with pytest.raises(TypeError, match="abstract class Phase with"):
+        Phase()  # pyright: ignore[reportAbstractUsage]
 
 
 def test_a_phase_without_init_takes_no_arguments():
     with pytest.raises(TypeError, match="takes no arguments"):
-        TrainingPhase(5)
+        TrainingPhase(5)  # pyright: ignore[reportCallIssue]
 
 
 def test_a_phase_is_named_after_its_class_unless_it_says_otherwise():

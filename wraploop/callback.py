@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from wraploop.events import Event, FitBegin, FitEnd
+from wraploop.events import Cancel, CancelEpoch, CancelStep, Event, FitBegin, FitEnd, graver
+from wraploop.order import in_order
 from wraploop.phases import Phase
 
 if TYPE_CHECKING:
@@ -15,12 +16,6 @@ Call = Callable[["Learner"], Any]  # a callback's method, ready to be called wit
 Handler = tuple[type[Event], type[Phase], Call]
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 _Kind = TypeVar("_Kind", bound="Callback")
-
-# What the learner itself has, and its phases store in `step`: to read it takes no writer.
-PROVIDED = frozenset(
-    "callbacks data event loss_fn model models optimizer optimizers params phase running step "
-    "stopped".split()
-)
 
 
 def on(event: type[Event], phase: type[Phase] = Phase) -> Callable[[_Method], _Method]:
@@ -84,25 +79,23 @@ class Callback:
         return f"{type(self).__name__}()"
 
 
-class Dispatch(dict[type[Event], tuple[Call, ...]]):
+class Table(dict[type[Event], tuple[Call, ...]]):
     """Which methods answer an event in one phase, in order; worked out at its first use."""
 
-    def __init__(self, callbacks: Callbacks, phase: type[Phase] | None) -> None:
+    def __init__(self, callbacks: Iterable[Callback], phase: type) -> None:
         super().__init__()
         self._callbacks, self._phase = callbacks, phase
 
     def __missing__(self, event: type[Event]) -> tuple[Call, ...]:
-        handlers = [handler for callback in self._callbacks for handler in callback.handlers()]
         calls = [
             call
-            for on_event, on_phase, call in handlers
-            if issubclass(event, on_event) and self._is_in(on_phase)
+            for callback in self._callbacks
+            for on_event, on_phase, call in callback.handlers()
+            if issubclass(event, on_event)
+            if on_phase is Phase or issubclass(self._phase, on_phase)
         ]
         self[event] = tuple(dict.fromkeys(calls))
         return self[event]
-
-    def _is_in(self, phase: type[Phase]) -> bool:
-        return phase is Phase or (self._phase is not None and issubclass(self._phase, phase))
 
 
 class Callbacks:
@@ -115,8 +108,9 @@ class Callbacks:
 
     def __init__(self, learner: Learner, callbacks: Iterable[Callback]) -> None:
         self._learner = learner
-        self._tables: dict[type[Phase] | None, Dispatch] = {}
         self._listed: list[Callback] = []
+        self._tables: dict[type, Table] = {}
+        self.choose_table(type(None))
         self.set(callbacks)
 
     def set(self, callbacks: Iterable[Callback]) -> None:
@@ -155,11 +149,30 @@ class Callbacks:
             self.set(callback if each is old else each for each in self._listed)
         return old
 
-    def table(self, phase: type[Phase] | None) -> Dispatch:
-        """Which methods answer which event in phases of this type; one object for good."""
-        if phase not in self._tables:
-            self._tables[phase] = Dispatch(self, phase)
-        return self._tables[phase]
+    def choose_table(self, phase: type) -> None:
+        """Makes `table` say which methods answer which event in phases of this type."""
+        self.table = self._tables.setdefault(phase, Table(self, phase))
+
+    def call(self, event: Event) -> None:
+        """Calls all that answer an event, then raises the strongest cancellation among theirs.
+
+        Raises:
+            RuntimeError: cancelled is a step or an epoch, and none is running.
+        """
+        learner, calls = self._learner, self.table[type(event)]
+        outer, learner.event, cancel = learner.event, event, None
+        try:
+            for call in calls:
+                try:
+                    call(learner)
+                except Cancel as error:
+                    error.source = error.source or getattr(call, "__self__", call)
+                    cancel = graver(cancel, error)
+            if cancel is not None:
+                raise _in_place(cancel, learner)
+        finally:
+            learner.event = outer
+            del cancel  # its traceback holds this frame
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._ordered)
@@ -169,75 +182,6 @@ class Callbacks:
 
     def __repr__(self) -> str:
         return f"Callbacks({self._ordered})"
-
-
-def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
-    """Sorts callbacks so that who writes comes before who reads; ties keep their order.
-
-    A name covers what lies below it: a writer of `"metrics"` comes before a reader of
-    `"metrics.loss"`. The learner's own attributes and the step's need no writer.
-
-    Raises:
-        ValueError: two write the same, one reads what nobody writes, or they wait for each other.
-    """
-    waiting = list(callbacks)
-    _check_writers(waiting)
-    _check_readers(waiting)
-    ordered: list[Callback] = []
-    while waiting:
-        ready = next((each for each in waiting if not _awaited(each, waiting)), None)
-        if ready is None:
-            raise ValueError(_cycle_message(waiting))
-        ordered.append(ready)
-        waiting = [each for each in waiting if each is not ready]
-    return ordered
-
-
-def _awaited(reader: Callback, writers: Iterable[Callback]) -> list[tuple[str, Callback]]:
-    """What `reader` reads of the others' writing, with its writer."""
-    return [
-        (read, writer)
-        for writer in writers
-        if writer is not reader
-        for read in reader.reads
-        if any(_overlap(read, written) for written in writer.writes)
-    ]
-
-
-def _check_writers(callbacks: list[Callback]) -> None:
-    for index, first in enumerate(callbacks):
-        for second in callbacks[index + 1 :]:
-            for path in second.writes:
-                if any(_overlap(path, written) for written in first.writes):
-                    raise ValueError(
-                        f"{first!r} and {second!r} both write {path!r}. "
-                        "Leave one of them out, or declare in `writes` what each really writes."
-                    )
-
-
-def _check_readers(callbacks: list[Callback]) -> None:
-    written = [path for callback in callbacks for path in callback.writes]
-    for callback in callbacks:
-        for read in callback.reads:
-            known = read.split(".")[0] in PROVIDED
-            if not known and not any(_overlap(read, path) for path in written):
-                raise ValueError(
-                    f"{callback!r} reads {read!r}, which no callback writes; "
-                    f"written are {sorted(written)}. Add the callback that writes it."
-                )
-
-
-def _cycle_message(waiting: list[Callback]) -> str:
-    waits = [
-        f"{reader!r} reads {read!r}, which {writer!r} writes"
-        for reader in waiting
-        for read, writer in _awaited(reader, waiting)
-    ]
-    return f"These callbacks wait for each other: {'; '.join(waits)}. Take one of the reads out."
-
-
-def _overlap(one: str, other: str) -> bool:
-    return f"{one}.".startswith(f"{other}.") or f"{other}.".startswith(f"{one}.")
 
 
 def _check_mark(what: str, given: Any, base: type) -> None:
@@ -252,3 +196,42 @@ def _check_callback(callback: Any) -> None:
         return
     hint = " Make one of it first: add parentheses." if isinstance(callback, type) else ""
     raise TypeError(f"Expected a Callback, and got {callback!r}.{hint}")
+
+
+class WrittenBy:
+    """Stands for what a callback writes into a learner, until it does.
+
+    Examples:
+        >>> class Fitted:
+        ...     score = WrittenBy("Judge()")
+        >>> fitted = Fitted()
+        >>> fitted.score
+        Traceback (most recent call last):
+        AttributeError: There is no 'score': it comes with the callback Judge().
+        >>> fitted.score = 10
+        >>> fitted.score
+        10
+    """
+
+    def __init__(self, callback: str) -> None:
+        self._callback = callback
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, owner: Any, kind: type) -> Any:
+        raise AttributeError(
+            f"There is no {self._name!r}: it comes with the callback {self._callback}."
+        )
+
+
+def _in_place(cancel: Cancel, learner: Learner) -> Exception:
+    """The cancellation, if what it cancels is running."""
+    if isinstance(cancel, CancelStep) and not learner.in_step:
+        what = "step"
+    elif isinstance(cancel, CancelEpoch) and learner.running is None:
+        what = "epoch"
+    else:
+        return cancel
+    name, event = type(cancel).__name__, type(learner.event).__name__
+    return RuntimeError(f"{cancel.source!r} raised {name} at {event}, when no {what} runs.")

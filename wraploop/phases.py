@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -12,14 +13,12 @@ from torch import nn
 from wraploop.events import BackwardBegin, BackwardEnd, LossBegin
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
     from wraploop.learner import Learner
 
 Batch = Any  # whatever the data yields, as the phase expects it
 
 
-class Phase:
+class Phase(ABC):
     """What a step does with a batch; subclasses write `step`.
 
     `learner.step` holds the step's state: any attribute may be stored there for callbacks, and
@@ -43,22 +42,11 @@ class Phase:
         if isinstance(cls.losses, str):
             raise TypeError(f"{cls.__name__}.losses is a tuple of names; write ({cls.losses!r},).")
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Refuses a phase without `step`, and arguments that no `__init__` takes."""
-        if cls.step is Phase.step:
-            raise TypeError(
-                f"{cls.__name__} says nothing about its step. "
-                "Define `def step(self, learner, batch)` in it, or use a subclass that does."
-            )
-        if (args or kwargs) and cls.__init__ is object.__init__:
-            raise TypeError(f"{cls.__name__}() takes no arguments, and got {args or kwargs}.")
-        return super().__new__(cls)
-
+    @abstractmethod
     def step(self, learner: Learner, batch: Batch) -> None:
         """Runs one step on `batch`, storing in `learner.step` what callbacks should see."""
-        raise NotImplementedError
 
-    def abandon(self, learner: Learner) -> None:
+    def abandon(self, learner: Learner) -> None:  # noqa: B027  most steps leave nothing behind
         """Drops what a step left behind that did not come to its end."""
 
     def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
@@ -77,7 +65,7 @@ class AbstractTrainingPhase(Phase):
 
     def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
         """Train mode and gradients."""
-        return _training(list(models))
+        return _mode(list(models), train=True)
 
 
 class AbstractValidationPhase(Phase):
@@ -87,7 +75,7 @@ class AbstractValidationPhase(Phase):
 
     def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
         """Eval mode and no gradients."""
-        return _evaluating(list(models))
+        return _mode(list(models), train=False)
 
 
 class TrainingPhase(AbstractTrainingPhase):
@@ -127,6 +115,25 @@ class ValidationPhase(AbstractValidationPhase):
         state.loss = learner.loss_fn(state.outputs, state.targets)
 
 
+def checked_phase(phase: Any) -> Phase:
+    """Returns `phase`.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(phase, Phase):
+        return phase
+    hint = " Make one of it first: add parentheses." if isinstance(phase, type) else ""
+    raise TypeError(f"Expected a Phase, and got {phase!r}.{hint}")
+
+
+def no_loss_fn(*_: Any) -> Any:
+    """Stands in for the loss function of a learner that has none."""
+    raise TypeError(
+        "This phase needs a loss function, and the learner has none: Learner(model, loss_fn, ...)."
+    )
+
+
 def _pair(phase: Phase, batch: Batch) -> tuple[Any, Any]:
     if isinstance(batch, (tuple, list)) and len(batch) == 2:
         return batch[0], batch[1]
@@ -146,27 +153,15 @@ def _describe(batch: Batch) -> str:
 
 
 @contextmanager
-def _training(models: list[nn.Module]) -> Iterator[None]:
-    with _flags_restored(models), torch.enable_grad():
-        for model in models:
-            if not model.training:
-                model.train()
-        yield
-
-
-@contextmanager
-def _evaluating(models: list[nn.Module]) -> Iterator[None]:
-    with _flags_restored(models), torch.no_grad():
-        for model in models:
-            model.eval()
-        yield
-
-
-@contextmanager
-def _flags_restored(models: list[nn.Module]) -> Iterator[None]:
+def _mode(models: list[nn.Module], train: bool) -> Iterator[None]:
+    """While open, models and gradients are in train or eval mode; then all flags as they were."""
     flags = [(module, module.training) for model in models for module in model.modules()]
     try:
-        yield
+        for model in models:
+            if not (train and model.training):
+                model.train(train)
+        with torch.set_grad_enabled(train):
+            yield
     finally:
         for module, flag in flags:
             module.training = flag

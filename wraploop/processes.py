@@ -77,7 +77,7 @@ def stop() -> None:
 
 def any(flag: bool | Tensor) -> bool:
     """Whether `flag` is true on at least one process; the same answer on all of them."""
-    return bool(sum(float(bool(flag))) > 0)
+    return bool(flag) if world_size() == 1 else sum(float(bool(flag))) > 0
 
 
 def sum(value: float | Tensor) -> float:

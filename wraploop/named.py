@@ -1,0 +1,172 @@
+"""Models, optimizers and data by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import nn
+from torch.optim import Optimizer
+
+from wraploop.phases import Phase, checked_phase
+from wraploop.running import Batches
+
+Models: TypeAlias = nn.Module | Mapping[str, nn.Module]
+OptimizerLike: TypeAlias = Optimizer | Callable[[list[nn.Parameter]], Optimizer]
+Optimizers: TypeAlias = OptimizerLike | Mapping[str, OptimizerLike]
+
+
+class Named(Mapping[str, Any]):
+    """Things of one kind by name: `models.critic` is `models["critic"]`.
+
+    Raises:
+        ValueError: a name that cannot be an attribute, or is one already.
+        AttributeError: asked for, or given, a name that there is not.
+        TypeError: called, as if it were the only thing of its kind.
+
+    Examples:
+        >>> rates = Named("rate", {"generator": 1e-4, "critic": 4e-4})
+        >>> rates.critic, rates["generator"], list(rates)
+        (0.0004, 0.0001, ['generator', 'critic'])
+    """
+
+    def __init__(self, kind: str, things: Mapping[str, Any]) -> None:
+        for name in things:
+            if not str(name).isidentifier() or name.startswith("_") or hasattr(Named, name):
+                raise ValueError(f"Cannot name a {kind} {name!r}: choose another identifier.")
+        vars(self).update(things, _kind=kind, _names=tuple(things))
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(name if name.startswith("_") else self._unknown(name))
+
+    def __setattr__(self, name: str, thing: Any) -> None:
+        if name not in self._names:
+            raise AttributeError(self._unknown(name))
+        vars(self)[name] = thing
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._names:
+            raise KeyError(self._unknown(name))
+        return vars(self)[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuses to be taken for one of its members."""
+        raise TypeError(
+            f"There are several {self._kind}s, {', '.join(self)}: name the one to call, "
+            f"as in `learner.{self._kind}.{self._names[0]}(...)`, in a phase of your own."
+        )
+
+    def __repr__(self) -> str:
+        return f"Named({self._kind!r}, {dict(self)})"
+
+    def _unknown(self, name: str) -> str:
+        return f"There is no {self._kind} {name!r}; there are {', '.join(self)}."
+
+
+def by_name(things: Any, alone: str) -> dict[str, Any]:
+    """The things by name; one that is alone is called `alone`."""
+    return dict(things) if isinstance(things, Named) else {alone: things}
+
+
+def models(model: Models) -> nn.Module | Named:
+    """The one model, or several by name.
+
+    Raises:
+        TypeError: one is not a module.
+        ValueError: there are none, or one has an impossible name.
+    """
+    several = isinstance(model, (Mapping, nn.ModuleDict))
+    found = Named("model", dict(model.items())) if several else model
+    for name, each in by_name(found, "model").items():
+        if not isinstance(each, nn.Module):
+            raise TypeError(f"Expected a torch.nn.Module as {name!r}, and got {each!r}.")
+    if isinstance(found, Named) and not found:
+        raise ValueError("Expected a model, or models by name, and got none.")
+    return found
+
+
+def params(model: nn.Module | Named) -> Any:
+    """The parameters of the one model, or of each by name."""
+    lists = {name: list(each.parameters()) for name, each in by_name(model, "model").items()}
+    return Named("model", lists) if isinstance(model, Named) else lists["model"]
+
+
+def optimizers(model: nn.Module | Named, optimizer: Optimizers) -> Optimizer | Named:
+    """The one optimizer, or one for each model that has one, by name; factories are called.
+
+    Raises:
+        TypeError: something is neither an optimizer nor a factory of one.
+        ValueError: an unknown name, a model without parameters, or an optimizer without its.
+    """
+    params = {name: list(each.parameters()) for name, each in by_name(model, "model").items()}
+    if isinstance(optimizer, Optimizer) or not isinstance(model, Named):
+        return _optimizer(
+            " or ".join(params), [p for each in params.values() for p in each], optimizer
+        )
+    given = optimizer if isinstance(optimizer, Mapping) else dict.fromkeys(params, optimizer)
+    unknown = [name for name in given if name not in params]
+    if unknown:
+        raise ValueError(f"Optimizers for {unknown}, but the models are {list(params)}.")
+    return Named("optimizer", {name: _optimizer(name, params[name], given[name]) for name in given})
+
+
+def _optimizer(name: str, params: list[nn.Parameter], given: Any) -> Optimizer:
+    if not params:
+        raise ValueError(f"Nothing to optimize: {name} has no parameters. Give it no optimizer.")
+    optimizer = given(params) if callable(given) and not isinstance(given, Optimizer) else given
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"Expected for {name} an optimizer or a factory of one, as is "
+            f"`functools.partial(torch.optim.Adam, lr=1e-3)`, and got {optimizer!r}. "
+            "A mapping of optimizers goes with a mapping of models."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if held.isdisjoint(map(id, params)):
+        raise ValueError(
+            f"The {type(optimizer).__name__} given for {name} holds none of its parameters. "
+            "Make it from the parameters of the model that the learner gets, or give a factory."
+        )
+    return optimizer
+
+
+def data(data: Batches | Mapping[str, Batches] | None) -> dict[str, Batches]:
+    """Batches by name: a tuple is `(training, validation)`, one iterable is for training.
+
+    Raises:
+        TypeError: some are not iterable.
+        ValueError: a tuple of another length.
+    """
+    if isinstance(data, tuple):
+        if len(data) not in (1, 2):
+            raise ValueError(
+                f"A tuple of data is (training, validation), and got {len(data)} items. "
+                "Give batches themselves as a list, other kinds of data by name, in a mapping."
+            )
+        data = dict(zip(("training", "validation"), data, strict=False))
+    elif not isinstance(data, Mapping):
+        data = {} if data is None else {"training": data}
+    for name, batches in data.items():
+        if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+            raise TypeError(f"Expected batches as {name} data, an iterable, and got {batches!r}.")
+    return dict(data)
+
+
+def batches(phase: Phase, data: Mapping[str, Batches]) -> Batches:
+    """The batches that a phase runs over unless it is given others.
+
+    Raises:
+        ValueError: there are none under the name in `phase.data`.
+    """
+    if checked_phase(phase).data not in data:
+        raise ValueError(
+            f"{phase.name} has no batches: it runs over {phase.data!r} data, and there is "
+            f"{', '.join(map(repr, data)) or 'none'}. Give some to Learner(data=...) or "
+            "to the call: `epoch(phase, batches)`, `fit(epochs, [(phase, batches)])`."
+        )
+    return data[phase.data]

@@ -1,0 +1,85 @@
+"""What is running: the state of a step, and an epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from wraploop.events import CancelEpoch
+from wraploop.phases import Batch, Phase
+
+Batches: TypeAlias = Iterable[Batch]
+
+
+class StepState:
+    """The state of one step: its batch, whether it was cancelled, and whatever is stored in it.
+
+    Raises:
+        AttributeError: asked for what has not been stored yet.
+
+    Examples:
+        >>> state = StepState()
+        >>> state.loss = 0.5
+        >>> state
+        StepState(loss)
+    """
+
+    cancelled = False
+
+    def __getattr__(self, name: str) -> Any:
+        stored = ", ".join(vars(self)) or "nothing"
+        raise AttributeError(f"The step has no {name!r} so far; it has {stored}.")
+
+    if TYPE_CHECKING:
+
+        def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def cut(self, error: BaseException) -> None:
+        """An error or a cancellation leaves the step before it is done."""
+        self.cancelled = True
+
+    def __repr__(self) -> str:
+        return f"StepState({', '.join(vars(self))})"
+
+
+class Epoch:
+    """One run of a phase over batches; iterating over it gives the batches.
+
+    Attributes:
+        phase: the phase that runs.
+        batches: what it runs over, `None` in a loop of one's own that did not say.
+        cancelled: `CancelEpoch` was raised in it.
+        skipped: `CancelEpoch` was raised as it began, and its body, which runs no step, is open.
+        broken: an error or `CancelFit` cut it off, so that it does not count.
+    """
+
+    def __init__(self, phase: Phase, batches: Batches | None) -> None:
+        self.phase, self.batches = phase, batches
+        self.cancelled = self.skipped = self.broken = False
+        self._begun_s = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """How long it has been running."""
+        return time.perf_counter() - self._begun_s
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.skipped:
+            return
+        if self.batches is None:
+            raise ValueError("This epoch was given no batches: `run_epoch(phase, batches)`.")
+        empty = True
+        for batch in self.batches:
+            empty = False
+            yield batch
+        if empty and isinstance(self.batches, Iterator):
+            raise ValueError(
+                f"The batches of {self.phase.name} are an iterator that is used up. "
+                "Give something that starts afresh every epoch: a DataLoader, or a list."
+            )
+
+    def cut(self, error: BaseException) -> None:
+        """An error or a cancellation leaves the epoch before it is through."""
+        self.skipped, self.cancelled = False, self.cancelled or isinstance(error, CancelEpoch)
+        self.broken = not isinstance(error, CancelEpoch)
