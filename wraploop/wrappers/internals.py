@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,14 +90,26 @@ def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
 
 def depends_on(outs: Iterable[Tensor], leaf: Tensor) -> bool:
     """Whether the graph of one of `outs` reaches `leaf`, a leaf, or the node that made it."""
-    target = leaf.grad_fn if leaf.grad_fn is not None else leaf
+    return any(
+        node is leaf.grad_fn or getattr(node, "variable", None) is leaf for node in _nodes(outs)
+    )
+
+
+def variables_behind(outs: Iterable[Tensor], boundary: str) -> Iterator[Tensor]:
+    """The leaves that the graph of `outs` reaches, but for those behind nodes called `boundary`."""
+    for node in _nodes(outs, boundary):
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            yield variable
+
+
+def _nodes(outs: Iterable[Tensor], boundary: str = "") -> Iterator[Any]:
     nodes = [out.grad_fn for out in outs if out.grad_fn is not None]
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
-        if node is target or getattr(node, "variable", None) is target:
-            return True
-        new = {n for n, _ in node.next_functions if n is not None} - seen
-        seen |= new
-        nodes += new
-    return False
+        yield node
+        if node.name() != boundary:
+            new = {n for n, _ in node.next_functions if n is not None} - seen
+            seen |= new
+            nodes += new

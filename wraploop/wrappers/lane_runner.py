@@ -32,7 +32,7 @@ class LaneRunner:
 
     def __init__(self, module: nn.Module, sync_batchnorm: bool) -> None:
         self.module = module
-        self._replicas = Replicas(module, sync_batchnorm, _aliases)
+        self._replicas = Replicas(module, sync_batchnorm, _aliases, alone=False)
         self._threads = Threads()
         self._draws: dict[tuple[str, bool], bool] = {}
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
@@ -81,6 +81,8 @@ class LaneRunner:
             for lane, mine in enumerate(ran)
         ]
         outs = [[tensor for tensor, _ in mine] for mine in parts]
+        for replica, mine in zip(replicas, outs, strict=True):
+            replica.check_outs(mine)
         kept = [
             i
             for i in range(len(inputs))

@@ -14,7 +14,7 @@ from .channel import Channel, PeerError, fingerprint
 from .internals import depends_on, version_of
 from .noise import own_noise
 from .outputs import Ran, carried_moves, check_alike, move_in, plain_values, written_to
-from .ranks import Rank, come_out, go_in
+from .ranks import BOUNDARY, Rank, come_out, go_in
 from .replica import Change, Replicas
 from .shard import note, running
 from .tree import Place
@@ -33,7 +33,7 @@ class RankRunner:
         self.module = module
         self._channel = channel
         self._name = type(module).__name__
-        self._replicas = Replicas(module, sync_batchnorm, self._go_in)
+        self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True)
 
     def run(self, call: Call, rows: int) -> Nest:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
@@ -78,6 +78,8 @@ class RankRunner:
         # Gather
         out = list(ran.coming_out(call, rank.size, rank.weight))
         tensors = [tensor for tensor, _ in out]
+        replica.boundary = BOUNDARY
+        replica.check_outs(tensors)
         used = [t for _, ts, (part,) in carried for t in ts if depends_on(tensors, part)]
         wholes = come_out(
             rank,

@@ -71,8 +71,8 @@ class Rank(Shard):
         if move == "share":
             return whole
         if self.rows:
-            return whole[self.parts[self.channel.rank]]
-        return whole[:1] if borrow else zeros_like_rows(whole, 1)
+            return whole.data[self.parts[self.channel.rank]]  # with a version of its own
+        return whole.data[:1] if borrow else zeros_like_rows(whole, 1)
 
     @torch.no_grad()
     def put_together(
@@ -200,6 +200,9 @@ class _GoIn(Function):
         moves = adjoints(ctx.moves)
         wholes = come_out(ctx.rank, ctx.doing, grads[1:], moves, ctx.like, [])
         return None, None, None, None, *wholes
+
+
+BOUNDARY = "_GoInBackward"
 
 
 class _ComeOut(Function):

@@ -19,9 +19,9 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -29,15 +29,15 @@ from torch import Tensor, nn
 
 from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
-from .internals import version_of
+from .internals import variables_behind, version_of
 from .tree import EXECUTION, Place, Tree, attributes, is_own_container, is_quiet, items, same
 
 
-@dataclass(frozen=True)
 class _Held:
     """A tensor that a container held before the forward, and that no shard has made."""
 
-    tensor: Tensor
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
 
 
 def _without(value: Any, held: list[Any]) -> Any:
@@ -102,8 +102,10 @@ class Replica:
         leaves: as given.
         tokens: what the outputs must depend on.
         rows: the places in which forwards leave tensors with a row for each row of the batch.
+        boundary: the name of the node through which outs may depend on the original's parameters.
     """
 
+    boundary = ""
     tokens: Sequence[Tensor] = ()
     rows: set[Place]
 
@@ -118,6 +120,8 @@ class Replica:
     ) -> None:
         self.leaves = leaves
         self.rows = rows
+        self._original = original
+        self._is_checked = False
         self._carried: dict[Place, Tensor] = {}
         self._tree = tree
         self._buffers = buffers
@@ -147,7 +151,7 @@ class Replica:
             changed = (
                 version_of(buffer) != self._taken_over[i] or version_of(copy) != self._before[i]
             )
-            if changed:
+            if changed and copy is not buffer:
                 copy.copy_(buffer)
             self._taken_over[i], self._before[i] = version_of(buffer), version_of(copy)
 
@@ -163,6 +167,10 @@ class Replica:
             return self._same_or(
                 value, lambda: type(value)((k, self._copy(v)) for k, v in value.items())
             )
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return self._same_or(value, lambda: type(value)(*map(self._copy, value)))
+        if isinstance(value, FunctionType):
+            return self._copy_function(value)
         if isinstance(value, MethodType):
             bound = self._copy(value.__self__)
             return value if bound is value.__self__ else MethodType(value.__func__, bound)
@@ -170,6 +178,21 @@ class Replica:
             parts = [self._copy(part) for part in (value.func, *value.args)]
             return functools.partial(*parts, **self._copy(value.keywords))
         return value
+
+    def _copy_function(self, value: FunctionType) -> FunctionType:
+        """`value` itself, or one that has copies where `value` has closed over modules."""
+        self._memo[id(value)] = value  # it may have closed over itself
+        held = [_cell_contents(cell) for cell in value.__closure__ or ()]
+        copies = [self._copy(content) for content in held]
+        if same(held, copies):
+            return value
+        cells = tuple(map(CellType, copies))
+        copy = FunctionType(
+            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
+        )
+        copy.__kwdefaults__ = value.__kwdefaults__
+        self._memo[id(value)] = copy
+        return copy
 
     def _same_or(self, value: Any, copied: Callable[[], Any]) -> Any:
         self._memo[id(value)] = value  # a container may hold itself
@@ -232,8 +255,9 @@ class Replica:
             if change.is_in_place:
                 target = module._buffers[name] if name in module._buffers else old
                 assert isinstance(target, Tensor)
-                with torch.no_grad():
-                    target.copy_(value)
+                if value.data_ptr() != target.data_ptr():
+                    with torch.no_grad():
+                        target.copy_(value)
             elif change.is_buffer:
                 module._buffers[name] = value
             elif isinstance(old, list) and isinstance(value, list):
@@ -243,6 +267,20 @@ class Replica:
                 old.update(value)
             else:
                 object.__setattr__(module, name, value)
+
+    def check_outs(self, outs: Iterable[Tensor]) -> None:
+        """Checks once that outs do not depend on the original's parameters but through leaves.
+
+        Raises:
+            RuntimeError: they do, so that their gradients would be lost or doubled.
+        """
+        if not self._is_checked:
+            self._is_checked = True
+            names = {id(p): name for name, p in self._original.named_parameters()}
+            leaves = {id(leaf) for leaf in self.leaves}
+            for variable in variables_behind(outs, self.boundary):
+                if id(variable) in names and id(variable) not in leaves:
+                    raise RuntimeError(_BYPASSED.format(names[id(variable)]))
 
     def settle(self) -> None:
         """Takes what is now in the buffers for handed back."""
@@ -263,6 +301,13 @@ class Replica:
         now = map(version_of, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
+
+
+def _cell_contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
 
 
 def _written_to(
@@ -286,6 +331,7 @@ class Replicas:
         sync: whether batch norms in replicas use the statistics of the whole batch.
         make_leaves: makes, of the parameters and a device, what a replica there has instead, and
             tokens that its outputs must depend on.
+        alone: whether there is one replica only, and not one for each of several lanes.
     """
 
     def __init__(
@@ -295,10 +341,13 @@ class Replicas:
         make_leaves: Callable[
             [list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]
         ],
+        *,
+        alone: bool,
     ) -> None:
         self._original = original
         self._sync = sync
         self._make_leaves = make_leaves
+        self._alone = alone
         self._rows: set[Place] = set()
         self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
@@ -328,10 +377,19 @@ class Replicas:
     def _made_for(self, tree: Tree, device: torch.device | None) -> Replica:
         with torch.enable_grad():
             leaves, tokens = self._make_leaves(tree.parameters, device)
-        buffers = [buffer.detach().to(device, copy=True) for buffer in tree.buffers]
+        kept = self._kept_buffers()
+        buffers = [
+            buffer if id(buffer) in kept else buffer.detach().to(device, copy=True)
+            for buffer in tree.buffers
+        ]
         replica = Replica(self._original, tree, leaves, buffers, self._rows, self._sync)
         replica.tokens = tokens
         return replica
+
+    def _kept_buffers(self) -> set[int]:
+        """Buffers that need no copy: batch norms', where there is only one replica."""
+        norms = [m for m in self._original.modules() if self._alone and global_class(type(m))]
+        return {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
 
 
 _MOST_SETS = 4
@@ -340,6 +398,13 @@ _LEAKED = (
     "A backward has run into the inside of a wrapped module: a tensor made by its forward was used "
     "in the loss without having been returned (through a hook or a global, say). Gradients would "
     "have been lost. Return it from forward, or keep it in an attribute of the module."
+)
+
+
+_BYPASSED = (
+    "The module's forward reaches its parameter {!r} by a way that a copy of the module does not "
+    "follow (an object, a weak reference or a global that holds the module), so its gradient would "
+    "be wrong. Reach it through attributes, lists, dicts, functions or methods of the module."
 )
 
 
