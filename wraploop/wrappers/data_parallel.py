@@ -78,7 +78,10 @@ def _device(name: Device) -> torch.device:
             f"device_ids names accelerator {name}, and this machine has none. "
             'Use device_ids=["cpu", "cpu"] to run on the CPU in two lanes.'
         )
-    return torch.device(name)
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device_ids names {name!r}, which is no device: {error}") from None
 
 
 def _all_devices() -> list[torch.device]:

@@ -1,0 +1,74 @@
+"""What wrappers take from torch's private parts is still there and still means the same."""
+
+import torch
+from torch import nn
+
+from wraploop.wrappers import internals
+
+
+class Asking(torch.autograd.Function):
+    asked: dict[str, object]
+
+    @staticmethod
+    def forward(ctx, x, y):
+        return x * y
+
+    @staticmethod
+    def backward(ctx, *grads):
+        Asking.asked = {
+            "wanted": [internals.is_wanted(node) for node, _ in ctx.next_functions],
+            "kept": internals.keeps_graph(),
+            "batched": internals.is_batched(grads[0]),
+        }
+        return grads[0], grads[0]
+
+
+def ask(run):
+    leaf, other = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    x, y = leaf * 1, other * 1
+    run(Asking.apply(x, y).sum(), x, leaf)
+    return Asking.asked
+
+
+def test_a_backward_says_where_it_goes_and_whether_it_keeps_its_graph():
+    assert ask(lambda out, x, leaf: out.backward())["wanted"] == [True, True]
+    only_x = ask(lambda out, x, leaf: torch.autograd.grad(out, x))
+    assert only_x == {"wanted": [True, False], "kept": False, "batched": False}
+    assert ask(lambda out, x, leaf: out.backward(retain_graph=True))["kept"] is True
+    assert ask(lambda out, x, leaf: out.backward())["kept"] is False
+
+
+def test_saved_tensor_hooks_and_modes_are_seen():
+    assert not internals.has_saved_tensors_hooks()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        assert internals.has_saved_tensors_hooks()
+    assert internals.function_modes() == []
+    with torch.device("meta"):
+        assert len(internals.function_modes()) == 1
+
+
+def test_transforms_are_seen():
+    seen = []
+
+    def look(x):
+        seen.append(internals.is_transformed())
+        return x.sum()
+
+    look(torch.ones(2))
+    torch.func.grad(look)(torch.ones(2))
+    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    assert seen == [False, True, True]
+
+
+def test_graphs_are_walked_to_their_leaves():
+    layer = nn.Linear(2, 1)
+    out = layer(torch.ones(1, 2)).tanh()
+    assert internals.depends_on([out], layer.weight)
+    assert not internals.depends_on([out.detach(), out * 0], torch.ones(1, requires_grad=True))
+    assert set(map(id, internals.variables_behind([out], ""))) == set(map(id, layer.parameters()))
+    assert not list(internals.variables_behind([out], "AddmmBackward0"))
+
+
+def test_sums_of_lists_are_sums():
+    total = internals.foreach_add([torch.ones(2), torch.zeros(1)], [torch.ones(2), torch.ones(1)])
+    assert [t.tolist() for t in total] == [[2.0, 2.0], [1.0]]
