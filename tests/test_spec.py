@@ -25,7 +25,10 @@ def test_a_mapping_of_models_is_wrapped_model_by_model():
     [
         ("Threaded", "no wrapper 'Threaded'. There are ThreadedCPUParallel, DataParallel, Dist"),
         ({"threads": 2}, 'need a "name"'),
-        ({"name": "DataParallel", "threads": 2}, "DataParallel has no option 'threads'. It has dev"),
+        (
+            {"name": "DataParallel", "threads": 2},
+            "DataParallel has no option 'threads'. It has dev",
+        ),
         (["ThreadedCPUParallel", "x"], "no wrapper 'x'"),
     ],
 )

@@ -112,7 +112,8 @@ def test_the_first_failing_lane_is_raised_with_its_type_and_a_note():
     with pytest.raises(KeyError, match="positive") as caught:
         model(torch.tensor([[-1.0], [-1.0], [1.0]]))
 
-    assert any("shard 1 of 2, which has 1 rows" in note for note in caught.value.__notes__)
+    said = [str(caught.value), *getattr(caught.value, "__notes__", [])]
+    assert any("shard 1 of 2, which has 1 rows" in text for text in said)
     assert model(torch.tensor([[-1.0], [-2.0]])).tolist() == [[-1.0], [-2.0]]
 
 

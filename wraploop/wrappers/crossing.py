@@ -105,7 +105,9 @@ class Crossing:
                 )
             return [_take_grad(leaf) for leaf in leaves]
 
+        random_state = torch.get_rng_state()
         parts = self.lanes.run(work)
+        torch.set_rng_state(random_state)  # which checkpoints set and reset, lane beside lane
         if self.on_written:
             self.on_written()
         return self.lanes.come_out(parts, adjoints(self.moves_in), self.leaves[0])

@@ -269,24 +269,27 @@ class Replica:
                 object.__setattr__(module, name, value)
 
     def check_outs(self, outs: Iterable[Tensor]) -> None:
-        """Checks once that outs do not depend on the original's parameters but through leaves.
+        """Checks once that outs depend on no parameters but through leaves.
 
         Raises:
             RuntimeError: they do, so that their gradients would be lost or doubled.
         """
-        if not self._is_checked:
-            self._is_checked = True
-            names = {id(p): name for name, p in self._original.named_parameters()}
-            leaves = {id(leaf) for leaf in self.leaves}
-            for variable in variables_behind(outs, self.boundary):
-                if id(variable) in names and id(variable) not in leaves:
-                    raise RuntimeError(_BYPASSED.format(names[id(variable)]))
+        if self._is_checked:
+            return
+        self._is_checked = True
+        leaves = {id(leaf) for leaf in self.leaves}
+        for variable in variables_behind(outs, self.boundary):
+            if isinstance(variable, nn.Parameter) and id(variable) not in leaves:
+                names = [n for n, p in self._original.named_parameters() if p is variable]
+                raise RuntimeError(_BYPASSED.format(*names, f"of shape {tuple(variable.shape)}"))
 
     def settle(self) -> None:
         """Takes what is now in the buffers for handed back."""
         for i, (copy, buffer) in enumerate(zip(self._buffers, self._tree.buffers, strict=True)):
-            if version_of(copy) != self._before[i] and torch.equal(copy, buffer.to(copy.device)):
-                self._before[i], self._taken_over[i] = version_of(copy), version_of(buffer)
+            if version_of(copy) != self._before[i]:
+                self._before[i] = version_of(copy)
+                in_step = torch.equal(copy, buffer.to(copy.device))
+                self._taken_over[i] = version_of(buffer) if in_step else -1
 
     def hand_back_recomputed(self) -> None:
         """Hands back what a forward that checkpointing repeats has written to buffers."""
@@ -402,7 +405,7 @@ _LEAKED = (
 
 
 _BYPASSED = (
-    "The module's forward reaches its parameter {!r} by a way that a copy of the module does not "
+    "The module's forward reaches a parameter ({}) by a way that a copy of the module does not "
     "follow (an object, a weak reference or a global that holds the module), so its gradient would "
     "be wrong. Reach it through attributes, lists, dicts, functions or methods of the module."
 )
