@@ -56,7 +56,8 @@ def test_transforms_are_seen():
 
     look(torch.ones(2))
     torch.func.grad(look)(torch.ones(2))
-    torch.func.jvp(look, (torch.ones(2),), (torch.ones(2),))
+    with torch.autograd.forward_ad.dual_level():
+        look(torch.ones(2))
     assert seen == [False, True, True]
 
 
