@@ -64,7 +64,9 @@ class Channel:
                 be agreed on differs.
         """
         facts, self._facts = self._facts, []
-        own = Frame(doing, [fact for _, fact in facts], len(payload))
+        about = ", ".join(dict.fromkeys(what for what, _ in facts))
+        text = f"{doing}, with the {about}" if about else doing
+        own = Frame(text, [fact for _, fact in facts], len(payload))
         everyone = self._all_gather(own.packed(payload))
         frames = [Frame.unpacked(frame) for frame in everyone]
         self._check(frames, [what for what, _ in facts])

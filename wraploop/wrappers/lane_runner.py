@@ -17,7 +17,8 @@ from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .outputs import Ran, alike, carried_moves, move_in, written_to
-from .replica import Replica, Replicas, alias
+from .replica import Replica
+from .replicas import Replicas, alias
 from .threads import Threads
 from .tuning import Tuner
 

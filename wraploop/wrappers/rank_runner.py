@@ -15,7 +15,8 @@ from .internals import depends_on, version_of
 from .noise import own_noise
 from .outputs import Ran, carried_moves, check_alike, move_in, plain_values, written_to
 from .ranks import BOUNDARY, Rank, come_out, go_in
-from .replica import Change, Replicas
+from .replica import Change
+from .replicas import Replicas
 from .shard import note, running
 from .tree import Place
 

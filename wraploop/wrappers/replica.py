@@ -323,80 +323,6 @@ def _written_to(
             yield (module, name), change
 
 
-class Replicas:
-    """The replicas of `original`, up to date at each call.
-
-    There is a set of them for each combination of frozen parameters that has lately been used, so
-    that freezing and thawing a network every step costs nothing.
-
-    Args:
-        original: the module.
-        sync: whether batch norms in replicas use the statistics of the whole batch.
-        make_leaves: makes, of the parameters and a device, what a replica there has instead, and
-            tokens that its outputs must depend on.
-        alone: whether there is one replica only, and not one for each of several lanes.
-    """
-
-    def __init__(
-        self,
-        original: nn.Module,
-        sync: bool,
-        make_leaves: Callable[
-            [list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]
-        ],
-        *,
-        alone: bool,
-    ) -> None:
-        self._original = original
-        self._sync = sync
-        self._make_leaves = make_leaves
-        self._alone = alone
-        self._rows: set[Place] = set()
-        self._tree: Tree | None = None
-        self._sets: dict[tuple[bool, ...], list[Replica]] = {}
-
-    def get(self, devices: Sequence[torch.device | None]) -> tuple[Tree, list[Replica]]:
-        """The original's tree, and a replica for each device, as the original is now."""
-        if self._tree is None or not self._tree.is_current():
-            self._tree = Tree(self._original, self._rows)
-            self._sets.clear()
-        frozen = tuple(not parameter.requires_grad for parameter in self._tree.parameters)
-        replicas = self._sets.pop(frozen, [])
-        self._sets[frozen] = replicas  # now the last
-        if len(self._sets) > _MOST_SETS:
-            del self._sets[next(iter(self._sets))]
-        with torch.inference_mode(False):
-            for device in devices[len(replicas) :]:
-                replicas.append(self._made_for(self._tree, device))
-            with torch.no_grad():
-                for replica in replicas:
-                    replica.refresh()
-        return self._tree, replicas[: len(devices)]
-
-    def forget(self) -> None:
-        """Has replicas made anew, after a forward that was broken off."""
-        self._tree = None
-
-    def _made_for(self, tree: Tree, device: torch.device | None) -> Replica:
-        with torch.enable_grad():
-            leaves, tokens = self._make_leaves(tree.parameters, device)
-        kept = self._kept_buffers()
-        buffers = [
-            buffer if id(buffer) in kept else buffer.detach().to(device, copy=True)
-            for buffer in tree.buffers
-        ]
-        replica = Replica(self._original, tree, leaves, buffers, self._rows, self._sync)
-        replica.tokens = tokens
-        return replica
-
-    def _kept_buffers(self) -> set[int]:
-        """Buffers that need no copy: batch norms', where there is only one replica."""
-        norms = [m for m in self._original.modules() if self._alone and global_class(type(m))]
-        return {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
-
-
-_MOST_SETS = 4
-
 _LEAKED = (
     "A backward has run into the inside of a wrapped module: a tensor made by its forward was used "
     "in the loss without having been returned (through a hook or a global, say). Gradients would "
@@ -409,10 +335,3 @@ _BYPASSED = (
     "follow (an object, a weak reference or a global that holds the module), so its gradient would "
     "be wrong. Reach it through attributes, lists, dicts, functions or methods of the module."
 )
-
-
-def alias(parameter: Tensor, device: torch.device | None) -> nn.Parameter:
-    """A leaf with the storage of `parameter`, or with its values on another device."""
-    leaf = nn.Parameter(parameter.detach().to(device), parameter.requires_grad)
-    vars(leaf).update(vars(parameter))  # what the user has put on it
-    return leaf

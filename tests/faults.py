@@ -1,0 +1,70 @@
+"""Run by `test_faults.py` in two processes: each fault in turn, and what each rank gets."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from wraploop import DistributedModel
+
+RANK = int(os.environ["RANK"])
+
+
+class Refusing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if RANK == 1:
+            raise KeyError("refused")
+        return self.layer(x)
+
+
+def attempt(name: str, run: Callable[[], Any]) -> None:
+    begun = time.monotonic()
+    try:
+        run()
+        got = "nothing"
+    except Exception as error:
+        got = f"{type(error).__name__} {' '.join(str(error).split())}"
+    line = f"{RANK}|{name}|{time.monotonic() - begun:.1f}|{got}\n"
+    os.write(1, line.encode())  # at once, so that ranks' lines do not mix
+
+
+def main() -> None:
+    norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model = DistributedModel(norm, timeout_s=3)
+    x = torch.randn(6, 3)
+
+    def train_and_evaluate() -> None:
+        model.train(RANK == 0)
+        try:
+            model(x)
+        finally:
+            model.train()
+
+    def go_on_without_backward() -> None:
+        out = model(x).sum()
+        out.backward() if RANK == 0 else model(x)
+
+    faults: dict[str, Callable[[], Any]] = {
+        "another batch": lambda: model(x + RANK),
+        "another shape": lambda: model(torch.randn(6, 3 + 2 * RANK)),
+        "another mode": train_and_evaluate,
+        "another loss": lambda: (model(x) * (RANK + 1)).sum().backward(),
+        "no backward": go_on_without_backward,
+        "an error in forward": lambda: DistributedModel(Refusing())(x),
+        "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
+    }
+    for name, fault in faults.items():
+        attempt(name, fault)
+        attempt(f"after {name}", lambda: model(x).sum().backward())
+    attempt("no coming", lambda: model(x) if RANK == 0 else time.sleep(5))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+EXPECTED = {
+    "another batch": ("PeerError Rank 1 has another batch",) * 2,
+    "another shape": (
+        "PeerError Rank 1 failed.*shapes cannot be mult",
+        "RuntimeError mat1 and mat2",
+    ),
+    "another mode": (r"PeerError The processes do different things.*\(evaluation\)",) * 2,
+    "another loss": ("PeerError Rank 1 has another gradient of the loss",) * 2,
+    "no backward": ("PeerError The processes do different .*gradient of the loss.*the batch",) * 2,
+    "an error in forward": ("PeerError Rank 1 failed.*KeyError", "KeyError"),
+    "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
+    * 2,
+}
+
+
+@pytest.fixture(scope="module")
+def got():
+    """What each rank got, and in how many seconds, by fault."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "faults.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found: dict[str, dict[int, tuple[float, str]]] = {}
+    for line in done.stdout.splitlines():
+        rank, name, seconds, text = line.split("|", 3)
+        found.setdefault(name, {})[int(rank)] = (float(seconds), text)
+    return found
+
+
+def test_a_fault_is_an_error_on_every_rank_at_once_and_the_next_step_is_right(got):
+    for name, messages in EXPECTED.items():
+        for rank, message in enumerate(messages):
+            seconds, text = got[name][rank]
+            assert re.search(message, text), (name, rank, text)
+            assert seconds < 5, (name, rank)
+            assert got[f"after {name}"][rank][1] == "nothing", (name, rank)
+
+
+def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(got):
+    seconds, text = got["no coming"][0]
+    assert re.search("PeerError Rank 0 waited for the others", text), text
+    assert 2 < seconds < 5
