@@ -10,7 +10,7 @@ from torch import nn
 
 from wraploop import DistributedModel
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))
 
 
 class Refusing(nn.Module):
