@@ -156,3 +156,18 @@ def test_auto_settles_on_a_number_of_threads_and_computes_the_same_meanwhile():
 def test_a_number_of_threads_that_cannot_be_is_refused(threads):
     with pytest.raises(ValueError, match="positive integer"):
         ThreadedCPUParallel(nn.Linear(1, 1), threads=threads)
+
+
+def test_checkpointing_over_dropout_in_a_lane_is_refused():
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Linear(3, 4), nn.Dropout())
+
+        def forward(self, x):
+            return checkpoint(self.layers, x, use_reentrant=False)
+
+    model = ThreadedCPUParallel(Checkpointed(), threads=2)
+    with pytest.raises(NotImplementedError, match="checkpointed part"):
+        model(torch.randn(4, 3))
+    assert model.eval()(torch.randn(4, 3)).shape == (4, 4)

@@ -40,10 +40,25 @@ def keeps_graph() -> bool:
 
 def has_saved_tensors_hooks() -> bool:
     """Whether this thread does something to tensors saved for backward; no, if torch is silent."""
+    return _saved_tensors_hooks() is not None
+
+
+def as_it_is(saved: Any) -> Any:
+    """The saved-tensor hook that does nothing."""
+    return saved
+
+
+def is_checkpointing() -> bool:
+    """Whether tensors saved in this thread are kept otherwise than `as_it_is`."""
+    hooks = _saved_tensors_hooks()
+    return hooks is not None and hooks[0] is not as_it_is
+
+
+def _saved_tensors_hooks() -> Any:
     try:
-        return _C._autograd._top_saved_tensors_default_hooks(True) is not None
+        return _C._autograd._top_saved_tensors_default_hooks(True)
     except AttributeError:
-        return False
+        return None
 
 
 def function_modes() -> list[TorchFunctionMode]:

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .internals import is_checkpointing
+
 _one_at_a_time = threading.Lock()
 
 
@@ -51,11 +53,20 @@ class Noise:
                 self._states[index] = generator.get_state()
                 generator.set_state(self._outside)
                 self.drawn |= not torch.equal(before, self._states[index])
+                if self.drawn and is_checkpointing():
+                    raise NotImplementedError(_CHECKPOINTED)
 
     def end(self) -> None:
         """Moves the process's generator on if a lane has drawn, so that the next call's differ."""
         if self.drawn:
             torch.rand(1)
+
+
+_CHECKPOINTED = (
+    "A checkpointed part of a module draws random numbers (dropout) in a lane. Its recomputation "
+    "would draw others, and the gradient would be wrong. Leave the part out of checkpointing, or "
+    "use DistributedModel."
+)
 
 
 class _LaneNoise(TorchDispatchMode):

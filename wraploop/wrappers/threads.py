@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .internals import function_modes, has_saved_tensors_hooks
+from .internals import as_it_is, function_modes, has_saved_tensors_hooks
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ def _no_saved_tensors_hooks() -> AbstractContextManager[Any]:
     """
     if not has_saved_tensors_hooks():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved)
+    return torch.autograd.graph.saved_tensors_hooks(as_it_is, as_it_is)
 
 
 def _inside(enter: Callable[[ExitStack], None], context: Context, work: Callable[[], T]) -> T:
