@@ -184,7 +184,7 @@ def fingerprint(tensor: Tensor) -> float:
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    sample = flat[:: 1 + len(flat) // 1024].double().cpu()
+    sample = flat[:: 1 + len(flat) // 1024].double().cpu().nan_to_num(0.5, 3.0, -2.0)
     if not len(sample):
         return 0.0
     weights = torch.linspace(1.0, 2.0, len(sample), dtype=torch.float64)

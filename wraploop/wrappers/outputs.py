@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call
+from .channel import fingerprint
 from .internals import version_of
 from .replica import Change, Replica
 from .tree import Place, Tree
@@ -147,6 +149,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         ValueError, TypeError: they have returned what cannot be put together.
     """
     check_alike([mine.output for mine in ran], f"The output of {call.method!r}")
+    seen = [[signature(tensor) for tensor in inputs] for inputs in taken] if ran[0].changes else []
     places = [
         place
         for place, first in ran[0].changes.items()
@@ -158,6 +161,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         place
         for place in places
         if all(r.changes[place].may_be_rows(n, sum(sizes)) for r, n in zip(ran, sizes, strict=True))
+        and depend_on_rows([signature(r.changes[place].value) for r in ran], seen)
     }
     written = sorted({i for mine in ran for i in mine.inputs})
     return [
@@ -168,6 +172,25 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         )
         for mine, inputs in zip(ran, taken, strict=True)
     ]
+
+
+def signature(tensor: Tensor) -> float:
+    """A number that tensors share if they are the same; NaN, shared with none, if all rows are."""
+    is_constant = tensor.ndim > 0 and len(tensor) > 0 and tensor.detach().eq(tensor[:1]).all()
+    return math.nan if is_constant else fingerprint(tensor)
+
+
+def depend_on_rows(signatures: Sequence[float], inputs: Sequence[Sequence[float]]) -> bool:
+    """Whether what shards have set an attribute to differs with their rows.
+
+    A table or a mask that has as many rows as the shards by chance is the same in all of them.
+
+    Args:
+        signatures: each shard's, of the attribute.
+        inputs: each shard's, of its inputs.
+    """
+    differs = any(value != signatures[0] for value in signatures)
+    return differs or all(mine == inputs[0] for mine in inputs)
 
 
 def plain_values(nest: Nest) -> list[Any]:

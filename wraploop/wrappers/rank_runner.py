@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -13,7 +14,17 @@ from .call import Call
 from .channel import Channel, PeerError, fingerprint
 from .internals import depends_on, version_of
 from .noise import own_noise
-from .outputs import Ran, carried_moves, check_alike, move_in, plain_values, written_to
+from .outputs import (
+    Ran,
+    carried_moves,
+    check_alike,
+    depend_on_rows,
+    move_in,
+    plain_values,
+    signature,
+    written_to,
+)
+from .packing import pack, unpack
 from .ranks import BOUNDARY, Rank, come_out, go_in
 from .replica import Change
 from .replicas import Replicas
@@ -72,7 +83,9 @@ class RankRunner:
             output = call.on(replica.module, taken)
         rank.drew = noise.drew
         ran = Ran(
-            output, self._agreed(replica.changes(), rank, total), written_to(taken, before, inputs)
+            output,
+            self._agreed(replica.changes(), taken, rank, total),
+            written_to(taken, before, inputs),
         )
         check_alike([output], f"The output of {call.method!r}")
 
@@ -96,17 +109,28 @@ class RankRunner:
         replica.settle()
         return output
 
-    def _agreed(self, changes: dict[Place, Change], rank: Rank, total: int) -> dict[Place, Change]:
+    def _agreed(
+        self, changes: dict[Place, Change], taken: list[Tensor], rank: Rank, total: int
+    ) -> dict[Place, Change]:
         """`changes`, with what has rows on every rank marked as such."""
-        mine = [change.may_be_rows(rank.size, total) for change in changes.values()]
         if not any(isinstance(c.value, Tensor) and not c.is_buffer for c in changes.values()):
             return changes
-        said = self._channel.exchange("look at attributes", torch.tensor(mine, dtype=torch.uint8))
-        if any(len(flags) != len(mine) for flags in said):
+        maybe = [change.may_be_rows(rank.size, total) for change in changes.values()]
+        pairs = zip(changes.values(), maybe, strict=True)
+        values = [signature(change.value) if may else math.nan for change, may in pairs]
+        mine = torch.tensor([*maybe, *values, *map(signature, taken)], dtype=torch.float64)
+        said = self._channel.exchange("look at attributes", pack(mine))
+        if any(len(packed) != 8 * len(mine) for packed in said):
             raise ValueError("The forward has set other attributes on other processes.")
-        everywhere = torch.stack(said).all(0).tolist()
-        pairs = zip(changes.items(), everywhere, strict=True)
-        return {place: replace(change, is_rows=bool(rows)) for (place, change), rows in pairs}
+        every = [unpack(packed, mine.shape, mine).tolist() for packed in said]
+        n = len(changes)
+        inputs = [numbers[2 * n :] for numbers in every]
+        found = {}
+        for i, (place, change) in enumerate(changes.items()):
+            is_rows = all(numbers[i] for numbers in every)
+            is_rows = is_rows and depend_on_rows([numbers[n + i] for numbers in every], inputs)
+            found[place] = replace(change, is_rows=is_rows)
+        return found
 
     def _go_in(
         self, parameters: list[Tensor], _: torch.device | None

@@ -30,7 +30,17 @@ from torch import Tensor, nn
 from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
 from .internals import variables_behind, version_of
-from .tree import EXECUTION, Place, Tree, attributes, is_own_container, is_quiet, items, same
+from .tree import (
+    EXECUTION,
+    Place,
+    Tree,
+    attributes,
+    is_own_container,
+    is_quiet,
+    items,
+    mark_rows,
+    same,
+)
 
 
 class _Held:
@@ -222,6 +232,8 @@ class Replica:
             copy = self._memo[id(module)]
             table = copy._buffers if name in copy._buffers else copy.__dict__
             table[name] = part
+            if (module, name) in self.rows:
+                mark_rows(part)  # for a wrapper inside
 
     def changes(self) -> dict[Place, Change]:
         """What the last forward has set on its modules, or written to their buffers."""

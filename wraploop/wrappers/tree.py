@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict
-from collections.abc import Container, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ _TABLES = ("_parameters", "_buffers", "_modules")
 _TORCHS_OWN = own_attributes()  # hooks and flags: no forward writes to these
 _CONTAINERS = (list, dict, OrderedDict, set)
 
+
+_MARK = "_wraploop_rows"
 
 Place = tuple[nn.Module, str]  # an attribute of one of the original's modules
 
@@ -34,13 +36,14 @@ class Tree:
 
     Args:
         root: the module.
-        rows: places in which forwards leave tensors with a row for each row of the batch.
+        rows: places in which forwards leave tensors with a row for each row of the batch; added to
+            where an outer wrapper knows of one.
 
     Raises:
         ValueError: a parameter has no shape yet.
     """
 
-    def __init__(self, root: nn.Module, rows: Container[Place] = ()) -> None:
+    def __init__(self, root: nn.Module, rows: set[Place]) -> None:
         parameters: dict[int, Tensor] = {}
         buffers: dict[int, Tensor] = {}
         for name, parameter in root.named_parameters():
@@ -59,6 +62,8 @@ class Tree:
             for name, value in (*held, *module._buffers.items()):
                 if value is None or id(value) in parameters:
                     continue
+                if hasattr(value, _MARK):
+                    rows.add((module, name))
                 if value.grad_fn is not None or (module, name) in rows:
                     self.carried[module, name] = value
                 else:
@@ -80,6 +85,11 @@ class Tree:
     def _where(self) -> list[tuple[int, torch.Size]]:
         """Where parameters' values are: `.data` may be replaced, and is by casts and moves."""
         return [(parameter.data_ptr(), parameter.shape) for parameter in self.parameters]
+
+
+def mark_rows(tensor: Tensor) -> None:
+    """Marks `tensor`, in an attribute of a module, as having a row for each row of the batch."""
+    setattr(tensor, _MARK, True)
 
 
 def is_own_container(name: str, value: Any) -> bool:
