@@ -5,10 +5,12 @@ Meaning     Learner          owns models, losses, optimizers, data; runs phases;
             Callback         what else happens, and when
 Execution   ModelWrapper     runs a model elsewhere: ThreadedCPUParallel, DataParallel,
                              DistributedModel
+            shard            gives each process its rows of every batch, where that is wanted
 """
 
 from . import callbacks, processes
 from .callback import Callback, on
+from .data import shard
 from .events import (
     BackwardBegin,
     BackwardEnd,
@@ -73,6 +75,7 @@ __all__ = [
     "callbacks",
     "on",
     "processes",
+    "shard",
     "shared",
     "wrap",
 ]

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from wraploop import processes
+from wraploop.processes.channel import Channel
 
 from .batch import Nest, rows_of
 from .call import Call
-from .channel import Channel
 from .internals import is_transformed
+from .local_runner import LocalRunner, Reduction
 from .rank_runner import RankRunner
 from .wrapper import ModelWrapper
 
@@ -28,10 +30,17 @@ class DistributedModel(ModelWrapper):
     moves the module to this process's device, gives all processes rank 0's parameters and buffers,
     and puts their random states in step, so that what the step draws is the same in all.
 
+    With `batch="local"` the batch is not gathered: every process passes rows of its own (see
+    `shard`), gets their outputs, and makes a loss of them; gradients are those of the mean of the
+    losses, weighted by rows, which is exact for a loss that is a mean over rows. A loss that
+    couples rows needs `batch="global"`. Every process then draws numbers of its own.
+
     Args:
         module: the module to run.
         device_ids: this process's device, in a list of one; None is `cuda:LOCAL_RANK` where there
             is CUDA, else where the module is.
+        batch: whether every process passes the "global" batch, or "local" rows of its own.
+        reduction: with local rows, whether the loss is a "mean" over them, or a "sum".
         process_group: the processes that share the batch; None is all of them.
         methods: which of its methods besides forward take a batch, and run like forward.
         sync_batchnorm: whether its batch norms use the statistics of the whole batch.
@@ -46,6 +55,8 @@ class DistributedModel(ModelWrapper):
         torch.Size([8, 1])
     """
 
+    batch: Literal["global", "local"]
+    reduction: Reduction
     timeout_s: float
     _process_group: Any
 
@@ -54,6 +65,8 @@ class DistributedModel(ModelWrapper):
         module: nn.Module,
         device_ids: Sequence[int | str | torch.device] | None = None,
         *,
+        batch: Literal["global", "local"] = "global",
+        reduction: Reduction = "mean",
         process_group: Any = None,
         methods: tuple[str, ...] = (),
         sync_batchnorm: bool = True,
@@ -64,6 +77,14 @@ class DistributedModel(ModelWrapper):
             raise ValueError(
                 f"device_ids takes this process's one device, such as ['cuda:0']; got {device_ids}."
             )
+        _check_choice("batch", batch, ("global", "local"))
+        _check_choice("reduction", reduction, ("mean", "sum"))
+        if batch == "global" and reduction != "mean":
+            raise ValueError(
+                'reduction says how local losses make up the whole one: it needs batch="local".'
+            )
+        self.batch = batch
+        self.reduction = reduction
         self.timeout_s = timeout_s
         self._process_group = process_group
         processes.start(timeout_s)
@@ -74,7 +95,10 @@ class DistributedModel(ModelWrapper):
         if channel is not None:
             check_same_model(module, channel)
             broadcast(module, channel)
-            processes.align_random_state()
+            if batch == "global":
+                processes.align_random_state()
+            else:
+                processes.part_random_states()
 
     def _channel(self) -> Channel | None:
         """The way to the other processes; None if there are none."""
@@ -83,19 +107,50 @@ class DistributedModel(ModelWrapper):
         channel = Channel(self._process_group, self.timeout_s)
         return channel if channel.world_size > 1 else None
 
-    def _make_runner(self, module: nn.Module, sync_batchnorm: bool) -> RankRunner:
+    def _make_runner(self, module: nn.Module, sync_batchnorm: bool) -> RankRunner | LocalRunner:
         channel = self._channel()
         assert channel is not None
-        return RankRunner(module, sync_batchnorm, channel)
+        if self.batch == "global":
+            return RankRunner(module, sync_batchnorm, channel)
+        return LocalRunner(module, sync_batchnorm, channel, self.reduction)
 
     def _run(self, call: Call) -> Nest:
+        runner = self._runner()
         rows = rows_of(call.arguments)
-        if not rows or is_transformed() or self._channel() is None:
+        if isinstance(runner, LocalRunner):
+            if is_transformed():
+                raise NotImplementedError(_TRANSFORMED)
+            return runner.run(call, rows)
+        if not rows or is_transformed() or runner is None:
             return call.on(self.module)  # in every process the same, and the whole
-        return self._execution(self._make_runner).run(call, rows)
+        return runner.run(call, rows)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_process_group": None}
+    def _runner(self) -> RankRunner | LocalRunner | None:
+        """What runs the module; None where there are no other processes."""
+        return None if self._channel() is None else self._execution(self._make_runner)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A block in which gradients stay each process's own, with `batch="local"`.
+
+        The first backward after it sends what has been accumulated. Forward and backward belong in
+        the block, as with torch's DistributedDataParallel.
+        """
+        runner = self._runner()
+        with runner.no_sync() if isinstance(runner, LocalRunner) else nullcontext():
+            yield
+
+
+_TRANSFORMED = (
+    "A model with batch='local' was traced or transformed (torch.compile, torch.func, forward AD), "
+    "where gradients cannot be brought together. Compile the module inside the wrapper, or use "
+    "batch='global'."
+)
+
+
+def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:
+    if given not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}.")
 
 
 def check_same_model(module: nn.Module, channel: Channel) -> None:

@@ -78,10 +78,11 @@ class Meeting:
 class Lane(Shard):
     """One lane of a `LaneGroup`, as the module running in it sees it."""
 
-    def __init__(self, group: LaneGroup, index: int, rows: int) -> None:
+    def __init__(self, group: LaneGroup, index: int, rows: int, loss_weight: float) -> None:
         self.group = group
         self.index = index
         self.rows = rows
+        self.loss_weight = loss_weight
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all shards' `tensor`."""
@@ -125,7 +126,9 @@ class LaneGroup:
         self._parent = shards.current()
         # While an outer shard runs a borrowed row, no row is this group's own.
         owned = self._parent is None or self._parent.rows > 0
-        self._lanes = [Lane(self, i, size if owned else 0) for i, size in enumerate(self.sizes)]
+        weight = self._parent.loss_weight if self._parent else 1.0
+        rows_of_lanes = [size if owned else 0 for size in self.sizes]
+        self._lanes = [Lane(self, i, rows, weight) for i, rows in enumerate(rows_of_lanes)]
         self.meeting = Meeting(len(rows), self._parent)
 
     def run(self, work: Callable[[int], T]) -> list[T]:

@@ -97,6 +97,11 @@ def _seed_of(state: Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=7).digest(), "big")
 
 
+def random_fingerprint() -> float:
+    """A number that processes share if they are about to draw the same random numbers."""
+    return float(_seed_of(torch.default_generator.get_state()))
+
+
 class OwnNoise:
     """Whether numbers were drawn in an `own_noise` block.
 

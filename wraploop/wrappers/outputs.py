@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from wraploop.processes.channel import fingerprint
+
 from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call
-from .channel import fingerprint
 from .internals import version_of
 from .replica import Change, Replica
 from .tree import Place, Tree

@@ -8,10 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .batch import Nest, shared
+from wraploop.processes.channel import Channel, PeerError, fingerprint
+from wraploop.processes.packing import pack, unpack
+
+from .batch import Nest, shared, split
 from .border import Move
 from .call import Call
-from .channel import Channel, PeerError, fingerprint
 from .internals import depends_on, version_of
 from .noise import own_noise
 from .outputs import (
@@ -24,8 +26,7 @@ from .outputs import (
     signature,
     written_to,
 )
-from .packing import pack, unpack
-from .ranks import BOUNDARY, Rank, come_out, go_in
+from .ranks import ALL_PASS_ALL, BOUNDARY, Rank, come_out, go_in
 from .replica import Change
 from .replicas import Replicas
 from .shard import note, running
@@ -49,7 +50,8 @@ class RankRunner:
 
     def run(self, call: Call, rows: int) -> Nest:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
-        rank = Rank(self._channel, rows, f"{self._name}.{call.method}")
+        counts = [part.stop - part.start for part in split(rows, self._channel.world_size)]
+        rank = Rank(self._channel, counts, f"{self._name}.{call.method}")
         try:
             return self._run(call, rank, rows)
         except BaseException as error:
@@ -64,7 +66,7 @@ class RankRunner:
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = call.inputs
         moves: list[Move] = [move_in(x) for x in inputs]
-        self._channel.agree("batch", [fingerprint(x) for x in inputs])
+        self._channel.agree("batch", [fingerprint(x) for x in inputs], ALL_PASS_ALL)
         tree, (replica,) = self._replicas.get([None])
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
@@ -136,7 +138,7 @@ class RankRunner:
         self, parameters: list[Tensor], _: torch.device | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What the replica has for `parameters`, and tokens."""
-        rank = Rank(self._channel, 0, self._name)
+        rank = Rank(self._channel, [0] * self._channel.world_size, self._name)
         moves: list[Move] = ["share"] * len(parameters)
         tokens, leaves = go_in(
             rank, "the gradients of the parameters", parameters, moves, borrow=True

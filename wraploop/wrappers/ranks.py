@@ -8,6 +8,11 @@ used no parameter.
 
 A parameter that no rank used has no gradient; one that some used has the sum, on every rank. Which
 were used is said with the gradients.
+
+Where the batch is not scattered (`local_runner.py`), each rank makes a loss L_r of its own rows,
+and what is meant is L = sum of w_r L_r. A derivative on rank r is one of L_r; `weigh` turns it into
+one of L, to be summed over ranks. The adjoint of `weigh` leaves things as they are, and the adjoint
+of that is `weigh`.
 """
 
 from __future__ import annotations
@@ -19,15 +24,26 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .batch import split, zeros_like_rows
+from wraploop.processes.channel import Channel, fingerprint
+from wraploop.processes.packing import pack, size_of, unpack, unpack_sparse
+
+from .batch import zeros_like_rows
 from .border import BATCHED, Move, adjoints, weighted_mean
-from .channel import Channel, fingerprint
-from .internals import is_batched
-from .packing import pack, size_of, unpack, unpack_sparse
+from .internals import is_batched, is_wanted
 from .shard import Shard
 
 _SMALL = 1 << 14  # bytes, up to which a sum is taken from everyone's terms in one exchange
 _USED, _DIFFERENTIABLE, _SPARSE = 1, 2, 4
+
+
+ALL_PASS_ALL = (
+    "With DistributedModel every process passes the whole batch, the same in all: do not shard the "
+    "loader, and draw with the same seed in every process."
+)
+_ALIKE_ONLY = (
+    "With batch='local' a loss may use gradients of parameters only alike in every process, not "
+    "together with its rows. Use batch='global'."
+)
 
 
 class Rank(Shard):
@@ -35,8 +51,11 @@ class Rank(Shard):
 
     Args:
         channel: the way to the other processes.
-        total: how many rows the batch has; for what is not batched, 0.
+        counts: how many rows of the batch each rank has; for what is not batched, 0.
         name: what is run, for errors.
+        loss_weight: see `Shard`.
+        synced: whether derivatives are summed over the ranks, or stay each rank's own.
+        unsynced: the ids of leaves whose `.grad` holds what was not summed.
 
     Attributes:
         rows: how many rows are this rank's own.
@@ -47,14 +66,25 @@ class Rank(Shard):
 
     drew = False
 
-    def __init__(self, channel: Channel, total: int, name: str) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        counts: Sequence[int],
+        name: str,
+        *,
+        loss_weight: float = 1.0,
+        synced: bool = True,
+        unsynced: set[int] | None = None,
+    ) -> None:
         self.channel = channel
         self.name = name
-        self.parts = split(total, channel.world_size)
-        own = self.parts[channel.rank]
-        self.rows = own.stop - own.start
+        self.loss_weight = loss_weight
+        self.synced = synced
+        self.unsynced = set() if unsynced is None else unsynced
+        self.counts = list(counts)
+        self.rows = self.counts[channel.rank]
         self.size = max(1, self.rows)
-        self.weight = self.rows / max(1, total)
+        self.weight = self.rows / max(1, sum(self.counts))
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`."""
@@ -71,7 +101,8 @@ class Rank(Shard):
         if move == "share":
             return whole
         if self.rows:
-            return whole.data[self.parts[self.channel.rank]]  # with a version of its own
+            start = sum(self.counts[: self.channel.rank])
+            return whole.data[start : start + self.rows]  # with a version of its own
         return whole.data[:1] if borrow else zeros_like_rows(whole, 1)
 
     @torch.no_grad()
@@ -124,8 +155,7 @@ class Rank(Shard):
             return torch.cat(list(parts))
         if move == "sum":
             return _total(parts)
-        rows = [part.stop - part.start for part in self.parts]
-        return weighted_mean(parts, [count / sum(rows) for count in rows])
+        return weighted_mean(parts, [count / max(1, sum(self.counts)) for count in self.counts])
 
     def _apart(self, moves: Sequence[Move], like: list[Tensor]) -> set[int]:
         """What is not sent to everyone: what stays here, and sums large enough to be reduced."""
@@ -139,7 +169,7 @@ class Rank(Shard):
         """The parts that `rank` has sent; zeros for those that it has not."""
         terms = []
         start = len(moves)
-        rows = self.parts[rank].stop - self.parts[rank].start
+        rows = self.counts[rank]
         for i, (move, model) in enumerate(zip(moves, like, strict=True)):
             shape = (rows, *model.shape[1:]) if move == "gather" else model.shape
             if i in apart:
@@ -197,9 +227,88 @@ class _GoIn(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        moves = adjoints(ctx.moves)
-        wholes = come_out(ctx.rank, ctx.doing, grads[1:], moves, ctx.like, [])
+        rank, parts = ctx.rank, weigh(grads[1:], ctx.rank.loss_weight)
+        if rank.synced:
+            parts = _with_unsynced(ctx, parts)
+            wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, [])
+        else:
+            wholes = weigh(parts, rank.channel.world_size)
+            leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions[4:])
+            rank.unsynced.update(id(leaf) for leaf in leaves if leaf is not None)
         return None, None, None, None, *wholes
+
+
+def _with_unsynced(ctx: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
+    """`parts`, and with them what backwards without sum over the ranks have left in `.grad`.
+
+    These have left a rank's own part times the number of ranks. So what is the same on all ranks is
+    what it was when it has been divided by their number and summed.
+    """
+    unsynced: set[int] = ctx.rank.unsynced
+    if not unsynced or torch.is_grad_enabled():
+        return parts
+    found = []
+    for part, (node, _) in zip(parts, ctx.next_functions[4:], strict=True):
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and id(leaf) in unsynced and is_wanted(node):
+            unsynced.discard(id(leaf))
+            if leaf.grad is not None:
+                left, leaf.grad = leaf.grad / ctx.rank.channel.world_size, None
+                part = left if part is None else part + left
+        found.append(part)
+    return found
+
+
+class _Weigh(Function):
+    """Parts times a weight; its adjoint leaves them as they are, see the module's docstring."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, weight: float, is_adjoint: bool, *parts: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        ctx.weight, ctx.is_adjoint = weight, is_adjoint
+        ctx.set_materialize_grads(False)
+        return tuple(p if p is None else p.detach() if is_adjoint else p * weight for p in parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        return None, None, *_Weigh.apply(ctx.weight, not ctx.is_adjoint, *grads)
+
+
+def weigh(parts: Sequence[Tensor | None], weight: float) -> list[Tensor | None]:
+    """Derivatives of this rank's loss, as parts of those of the whole batch's loss."""
+    if weight == 1:
+        return list(parts)
+    if weight == 0:  # the mean of no rows is not a number
+        return [None] * len(parts)
+    return list(_Weigh.apply(weight, False, *parts))
+
+
+class _Depend(Function):
+    """Tensors as they are, made to depend on tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: int, *tokens_and_parts: Tensor) -> tuple[Tensor, ...]:
+        ctx.tokens = tokens
+        ctx.set_materialize_grads(False)
+        parts = tokens_and_parts[tokens:]
+        found = [part.detach() for part in parts]
+        pairs = zip(found, parts, strict=True)
+        ctx.mark_non_differentiable(*(new for new, part in pairs if not part.requires_grad))
+        return tuple(found)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        if all(grad is None for grad in grads):
+            return (None,) * (1 + ctx.tokens + len(grads))
+        return None, *[torch.zeros(())] * ctx.tokens, *grads
+
+
+def depending(parts: list[Tensor], tokens: list[Tensor]) -> list[Tensor]:
+    """`parts`, whose backward runs that of what yielded `tokens`."""
+    if not tokens or not any(part.requires_grad for part in parts):
+        return parts
+    return list(_Depend.apply(len(tokens), *tokens, *parts))
 
 
 BOUNDARY = "_GoInBackward"
@@ -233,7 +342,9 @@ class _ComeOut(Function):
             raise NotImplementedError(BATCHED)
         given = {i: grad for i, grad in enumerate(grads) if grad is not None}
         facts = [fingerprint(grad) for grad in given.values()]
-        ctx.rank.channel.agree("gradient of the loss", facts)
+        is_local = ctx.rank.loss_weight != 1
+        what = "derivative of a gradient" if is_local else "gradient of the loss"
+        ctx.rank.channel.agree(what, facts, _ALIKE_ONLY if is_local else ALL_PASS_ALL)
         _, parts = go_in(
             ctx.rank,
             ctx.doing,

@@ -5,6 +5,9 @@ it gets by one move, the sum over the shards. Its adjoint is itself: if every sh
 `S = x_1 + ... + x_n`, the derivative with respect to `x_i` is the sum over the shards of the
 derivatives with respect to their `S`. So the backward below is written with the function itself,
 and derivatives of every order are right.
+
+Where each process has a loss of its own rows, a derivative is one of that loss: times its weight it
+is one of the whole batch's loss, which can be summed, and the sum divided by it is one of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ class Shard(ABC):
 
     Attributes:
         rows: how many rows of the batch are this shard's own; 0 while it runs a borrowed one.
+        loss_weight: what a loss outside counts for in the loss of the whole batch: 1 where it is of
+            all rows, else the share of this process's rows in all.
     """
 
     rows: int
+    loss_weight: float = 1.0
 
     @abstractmethod
     def total(self, tensor: Tensor) -> Tensor:
@@ -68,7 +74,12 @@ class _SumOverShards(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, sum_over_shards(ctx.shard, grads[0])
+        shard, (grad,) = ctx.shard, grads
+        if shard.loss_weight == 1:
+            return None, sum_over_shards(shard, grad)
+        weight = shard.loss_weight
+        own = weight * (grad if weight else grad.nan_to_num())  # a mean of no rows is NaN
+        return None, sum_over_shards(shard, own) / (weight or 1.0)
 
 
 def sum_over_shards(shard: Shard, tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
 from torch import nn
@@ -140,6 +141,14 @@ class ModelWrapper(nn.Module):
             return method(*args, **kwargs)
 
         return guarded
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """A block in which gradients need not be those of the whole batch, until one after it.
+
+        Only with `DistributedModel(batch="local")` is there something to be put off.
+        """
+        yield
 
     # From outside, the module
 

@@ -22,6 +22,7 @@ _SIZE = 4096  # bytes of a frame
 _HEAD = struct.Struct("<BIIQ")  # failed? length of the text, number of facts, length of the payload
 _MOST_TEXT = 1024
 _MOST_FACTS = 128
+_FAREWELL_S = 10.0
 
 
 class PeerError(RuntimeError):
@@ -41,16 +42,19 @@ class Channel:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self._facts: list[tuple[str, float]] = []
+        self._advice: dict[str, str] = {}
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
 
-    def agree(self, what: str, facts: list[float]) -> None:
+    def agree(self, what: str, facts: list[float], advice: str) -> None:
         """Has the next exchange check that `facts`, see `fingerprint`, are alike on all ranks.
 
         Args:
             what: what the facts are about.
             facts: numbers.
+            advice: what to do if they are not, for the error.
         """
         self._facts += [(what, fact) for fact in facts]
+        self._advice[what] = advice
 
     def exchange(self, doing: str, payload: Tensor) -> list[Tensor]:
         """Every rank's `payload`, in the order of ranks.
@@ -90,10 +94,17 @@ class Channel:
         self._wait(dist.broadcast(tensor, source, group=self.group, async_op=True))
 
     def fail(self, error: BaseException) -> None:
-        """Tells the others that this rank has failed, when they next exchange anything."""
+        """Tells the others that this rank has failed, if they exchange anything soon."""
         self._facts = []
         text = f"{type(error).__name__}: {error}"
-        self._all_gather(Frame(text, [], 0, failed=True).packed(torch.empty(0, dtype=torch.uint8)))
+        frame = Frame(text, [], 0, failed=True).packed(torch.empty(0, dtype=torch.uint8))
+        before, self._timeout = self._timeout, timedelta(seconds=_FAREWELL_S)
+        try:
+            self._all_gather(frame)
+        except PeerError:
+            pass  # they have gone, or are far away
+        finally:
+            self._timeout = before
 
     def _check(self, frames: list[Frame], whats: list[str]) -> None:
         for rank, frame in enumerate(frames):
@@ -112,9 +123,7 @@ class Channel:
             for what, mine, theirs in zip(whats, first.facts, frame.facts, strict=True):
                 if not _is_close(mine, theirs):
                     raise PeerError(
-                        f"Rank {rank} has another {what} than rank 0. With DistributedModel every "
-                        "process passes the whole batch, the same in all: do not shard the loader, "
-                        "and draw with the same seed in every process."
+                        f"Rank {rank} has another {what} than rank 0. {self._advice[what]}"
                     )
 
     def _all_gather(self, own: Tensor) -> list[Tensor]:

@@ -1,20 +1,28 @@
 """This process among the others: rank, world size, and agreeing across processes.
 
-Everything here works without a process group too: one process is rank 0 of 1.
+Everything here works without a process group too: one process is rank 0 of 1. What processes say
+to each other goes through a `channel`, on which none can take what was meant for something else.
 """
 
 from __future__ import annotations
 
 import atexit
+import builtins
 import os
+import pickle
 import random
 import sys
 from datetime import timedelta
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .channel import Channel, PeerError
+
+__all__ = ["Channel", "PeerError"]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -60,6 +68,19 @@ def start(timeout_s: float = 300.0) -> None:
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     atexit.register(stop)
+    _tell_of_failures()
+
+
+def _tell_of_failures() -> None:
+    """Has an exception that ends this process tell the others of it."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        before(kind, error, trace)
+        if is_started() and isinstance(error, Exception) and not isinstance(error, PeerError):
+            Channel().fail(error)
+
+    sys.excepthook = hook
 
 
 def device() -> torch.device | None:
@@ -85,9 +106,8 @@ def sum(value: float | Tensor) -> float:
     number = float(value)
     if world_size() == 1:
         return number
-    total = torch.tensor(number, dtype=torch.float64)
-    dist.all_reduce(total)
-    return total.item()
+    said = Channel().exchange("add numbers up", _packed(number))
+    return builtins.sum(_unpacked(packed) for packed in said)
 
 
 def mean(value: float | Tensor, weight: float = 1.0) -> float:
@@ -99,9 +119,16 @@ def broadcast(value: Any) -> Any:
     """Rank 0's `value` (anything that pickles), on every process."""
     if world_size() == 1:
         return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    own = _packed(value if rank() == 0 else None)
+    return _unpacked(Channel().exchange("take over what rank 0 has", own)[0])
+
+
+def _packed(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> Any:
+    return pickle.loads(packed.numpy().tobytes())
 
 
 def align_random_state() -> None:
@@ -116,3 +143,15 @@ def align_random_state() -> None:
     random.setstate(state[1])
     if numpy and state[2] is not None:
         numpy.random.set_state(state[2])
+
+
+def part_random_states() -> None:
+    """Gives every process a random state of its own, which follows from rank 0's."""
+    align_random_state()
+    if world_size() == 1:
+        return
+    seed = int(torch.randint(2**31, ())) + rank()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)

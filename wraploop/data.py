@@ -1,0 +1,256 @@
+"""Data for several processes: of every global batch, each process gets its rows.
+
+    one process   0 1 2 3 4 5 6 | 7 8 9 10 11 12 13 | ...
+    rank 0        0 1 2 3       | 7 8 9 10          | ...
+    rank 1                4 5 6 |           11 12 13| ...
+
+What decides on the batches, samplers and their random numbers, runs in every process, alike; what
+is costly, reading and collating samples, runs only in the process that needs them.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+
+from wraploop import processes
+
+
+def shard(batches: Iterable[Any]) -> ShardedBatches:
+    """The rows of each batch in `batches` that are this process's own.
+
+    For `DistributedModel(model, batch="local")`. Together the processes get what one process would
+    get, in order: of a batch of `B` rows, rank `r` has the `r`-th of nearly equal runs, as by
+    `tensor_split`. With fewer rows than processes, the last have batches of no rows. In one process
+    it changes nothing.
+
+    A `DataLoader` over a map-style dataset reads only this process's samples; of everything else
+    each process makes the whole batch and keeps its rows. Workers draw different numbers in
+    every process, the sampler the same.
+
+    Args:
+        batches: a `DataLoader`, or any iterable of batches: nests of tensors, arrays and lists, of
+            which the first axis counts the rows.
+
+    Raises:
+        ValueError: the loader has a `DistributedSampler`, which cuts it into shards already.
+
+    Examples:
+        >>> loader = DataLoader(torch.arange(10), batch_size=4)
+        >>> [batch.tolist() for batch in shard(loader)]
+        [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    """
+    return ShardedBatches(batches)
+
+
+class ShardedBatches:
+    """What `shard` returns. It can be iterated as often as `batches`, and has its attributes."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        sampler = getattr(batches, "sampler", None)
+        if isinstance(sampler, DistributedSampler):
+            raise ValueError(
+                "The loader has a DistributedSampler, which cuts the data into shards already, and "
+                "not into those of one process's batches. Give shard() a loader without it."
+            )
+        self._batches = batches
+        self._loader: DataLoader[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        processes.start()
+        if processes.world_size() == 1:
+            return iter(self._batches)
+        state = _RandomState()
+        return self._read(state) if _reads_by_index(self._batches) else self._cut(state)
+
+    def __len__(self) -> int:
+        return len(self._batches)  # pyright: ignore[reportArgumentType]
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._batches, name)
+
+    def _cut(self, state: _RandomState) -> Iterator[Any]:
+        """This process's rows of whole batches."""
+        for batch in state.iterated(self._batches):
+            rows = _count_rows(batch)
+            yield _rows(batch, own_rows(rows), rows)
+
+    def _read(self, state: _RandomState) -> Iterator[Any]:
+        """Batches of this process's samples alone."""
+        source: Any = self._batches
+        with state.used():  # as the loader itself would, for its workers
+            seed = int(torch.empty((), dtype=torch.int64).random_(generator=source.generator))
+        if self._loader is None:
+            self._loader = _loader_of(source, _OwnIndices(source.batch_sampler))
+        loader: Any = self._loader
+        loader.generator.manual_seed(seed + processes.rank())
+        counts = loader.batch_sampler.begin(state)
+        for batch in loader:
+            yield batch if counts.popleft() else _rows(batch, slice(0, 0), 1)
+
+
+class _OwnIndices:
+    """This process's part of each batch of indices."""
+
+    def __init__(self, batch_sampler: Iterable[Any]) -> None:
+        self._batch_sampler = batch_sampler
+
+    def begin(self, state: _RandomState) -> deque[int]:
+        """Has the next iteration draw from `state`; returns how many indices of each are its own.
+
+        What is returned is filled while the iteration goes on.
+        """
+        self._state, self._counts = state, deque[int]()
+        return self._counts
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        state, counts = self._state, self._counts
+        for batch in state.iterated(self._batch_sampler):
+            indices: list[Any] = list(batch)
+            own = indices[own_rows(len(indices))]
+            counts.append(len(own))
+            yield own or indices[:1]  # a sample, to make a batch of no rows from
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler)  # pyright: ignore[reportArgumentType]
+
+
+class _RandomState:
+    """The random state, rank 0's, from which all processes draw what decides on the batches."""
+
+    def __init__(self) -> None:
+        self._state = processes.broadcast(_random_state())
+
+    @contextmanager
+    def used(self) -> Iterator[None]:
+        """A block that draws from it, and leaves the process's own as it was."""
+        own = _random_state()
+        _set_random_state(self._state)
+        try:
+            yield
+        finally:
+            self._state = _random_state()
+            _set_random_state(own)
+
+    def iterated(self, items: Iterable[Any]) -> Iterator[Any]:
+        """The `items`, while they are made drawing from it."""
+        with self.used():
+            iterator = iter(items)
+        while True:
+            with self.used():
+                item = next(iterator, _END)
+            if item is _END:
+                return
+            yield item
+
+
+_END = object()
+
+
+def _random_state() -> tuple[Any, ...]:
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+
+
+def _set_random_state(state: tuple[Any, ...]) -> None:
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    numpy = sys.modules.get("numpy")
+    if numpy and state[2]:
+        numpy.random.set_state(state[2])
+
+
+def _reads_by_index(batches: Any) -> bool:
+    """Whether samples are read one by one, by indices that a batch sampler gives."""
+    if not isinstance(batches, DataLoader) or batches.batch_sampler is None:
+        return False
+    return not isinstance(batches.dataset, IterableDataset)
+
+
+def _loader_of(loader: Any, batch_sampler: Any) -> DataLoader[Any]:
+    """A loader like `loader`, with another batch sampler, and a generator of its own."""
+    workers = {}
+    if loader.num_workers:
+        workers = {
+            "prefetch_factor": loader.prefetch_factor,
+            "persistent_workers": loader.persistent_workers,
+            "multiprocessing_context": loader.multiprocessing_context,
+        }
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=batch_sampler,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        generator=torch.Generator(),
+        **workers,
+    )
+
+
+def own_rows(rows: int) -> slice:
+    """Which of `rows` rows are this process's own: a run of them, as by `tensor_split`."""
+    size, longer = divmod(rows, processes.world_size())
+    rank = processes.rank()
+    start = size * rank + min(rank, longer)
+    return slice(start, start + size + (rank < longer))
+
+
+def _count_rows(batch: Any) -> int:
+    """How many rows the tensors and arrays in `batch` have; where there are none, its lists.
+
+    Raises:
+        ValueError: they disagree, or there is nothing that has rows.
+    """
+    shapes = {tuple(leaf.shape) for leaf in _leaves(batch) if hasattr(leaf, "shape") and leaf.ndim}
+    rows = {shape[0] for shape in shapes} or {len(leaf) for leaf in _lists(batch)}
+    if len(rows) != 1:
+        raise ValueError(
+            f"Cannot tell how many rows a batch has, to shard it: it is a {type(batch).__name__} "
+            f"with tensors of shapes {sorted(shapes)}. The first axis of all of them must count "
+            "rows, or samples be read by index, from a DataLoader over a map-style dataset."
+        )
+    return rows.pop()
+
+
+def _leaves(batch: Any) -> Iterator[Any]:
+    if isinstance(batch, (Mapping, list, tuple)):
+        for child in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _leaves(child)
+    else:
+        yield batch
+
+
+def _lists(batch: Any) -> Iterator[list[Any]]:
+    """The innermost lists."""
+    if isinstance(batch, (Mapping, list, tuple)):
+        children = list(batch.values() if isinstance(batch, Mapping) else batch)
+        below = [found for child in children for found in _lists(child)]
+        yield from below or ([children] if isinstance(batch, list) else [])
+
+
+def _rows(batch: Any, rows: slice, of: int) -> Any:
+    """Those rows of everything in `batch` that has `of` of them."""
+    if hasattr(batch, "shape"):
+        return batch[rows] if batch.ndim and len(batch) == of else batch
+    if isinstance(batch, Mapping):
+        cut: Any = copy.copy(batch)
+        cut.update({key: _rows(value, rows, of) for key, value in batch.items()})
+        return cut
+    if isinstance(batch, (list, tuple)):
+        values = [_rows(child, rows, of) for child in batch]
+        if all(new is old for new, old in zip(values, batch, strict=True)):
+            return batch[rows] if len(batch) == of else batch
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch

@@ -1,0 +1,212 @@
+"""Running a call on rows that are this process's own, and stay so: its loss is a loss of them.
+
+    rank 0    rows 0..3 ── model ── loss 0 ── backward ──┐
+    rank 1    rows 4..6 ── model ── loss 1 ── backward ──┴── w_0 g_0 + w_1 g_1
+
+If every loss is a mean over its rows, the mean over all rows is the sum of w_r times loss r, where
+w_r is the rank's share of all rows; if losses are sums, every w_r is 1. Parameters go in as they do
+where the batch is scattered, with the weight at that border: see `ranks.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from wraploop.processes.channel import Channel, PeerError, fingerprint
+from wraploop.processes.packing import pack, unpack
+
+from .batch import Nest, is_shared, tensors_of, zeros_like_rows
+from .border import Move
+from .call import Call
+from .noise import random_fingerprint
+from .outputs import Ran
+from .ranks import BOUNDARY, Rank, depending, go_in
+from .replicas import Replicas
+from .shard import note, running
+
+_MOST_SPLITS = 4
+
+Reduction = Literal["mean", "sum"]
+
+
+class LocalRunner:
+    """Runs calls of `module` on this process's rows, and keeps what that needs between calls.
+
+    Args:
+        module: the module.
+        sync_batchnorm: whether its batch norms use the statistics of the whole batch.
+        channel: the way to the other processes.
+        reduction: whether losses are means over rows, or sums.
+    """
+
+    def __init__(
+        self, module: nn.Module, sync_batchnorm: bool, channel: Channel, reduction: Reduction
+    ) -> None:
+        self.module = module
+        self._synced = True
+        self._unsynced: set[int] = set()
+        self._sync_batchnorm = sync_batchnorm
+        self._channel = channel
+        self._reduction = reduction
+        self._name = type(module).__name__
+        self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
+        self._random = random_fingerprint()
+        self._calls = 0
+
+    def run(self, call: Call, rows: int | None) -> Nest:
+        """Makes `call` on this rank's `rows` rows; None if nothing in it has rows."""
+        name = f"{self._name}.{call.method}"
+        meets = self._meets(call)
+        counts = [1 if rows is None else rows] * self._channel.world_size
+        if meets:
+            counts = self._counts(call, name, rows)
+        own = counts[self._channel.rank]
+        weight = own / max(1, sum(counts)) if self._reduction == "mean" else 1.0
+        rank = Rank(
+            self._channel,
+            counts,
+            name,
+            loss_weight=weight,
+            synced=self._synced,
+            unsynced=self._unsynced,
+        )
+        try:
+            return self._run(call, rank, meets)
+        except BaseException as error:
+            self._replicas.clear()
+            if not meets or isinstance(error, PeerError) or not isinstance(error, Exception):
+                raise
+            note(error, f"rank {self._channel.rank}, which has {rank.rows} rows")
+            self._channel.fail(error)
+            raise
+
+    def _run(self, call: Call, rank: Rank, meets: bool) -> Nest:
+        _, (replica,) = self._replicas_for(rank, meets).get([None])
+        with running(rank if meets else None):
+            output = call.on(replica.module, [_some_rows(x) for x in call.inputs])
+        ran = Ran(output, replica.changes(), {})
+        tensors = tensors_of(ran.nest)
+        replica.boundary = BOUNDARY
+        replica.check_outs(tensors)
+        wholes: list[Tensor | None] = [*depending(tensors, [*replica.tokens])]
+        if rank.rows == 0:
+            wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
+        self._average_buffers(rank, ran, wholes)
+        output = ran.whole(call, replica, wholes)
+        replica.settle()
+        return output
+
+    def _meets(self, call: Call) -> bool:
+        """Whether the processes must all make `call`: to learn from it, or to share statistics."""
+        if self.module.training and any(True for _ in self.module.buffers()):
+            return True
+        used = (*self.module.parameters(), *call.inputs)
+        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)
+
+    def _counts(self, call: Call, name: str, rows: int | None) -> list[int]:
+        """How many rows each rank has.
+
+        Raises:
+            ValueError: the processes pass the same batch, or draw the same numbers.
+            PeerError: they do different things, or their parameters differ.
+        """
+        self._calls += 1
+        names = dict(self.module.named_parameters())
+        if names:
+            which = list(names)[self._calls % len(names)]
+            self._channel.agree(f"parameter {which!r}", [fingerprint(names[which])], _DIVERGED)
+        batched = [x for x in call.inputs if not is_shared(x)]
+        random = random_fingerprint()
+        drew, self._random = random != self._random, random
+        mine = torch.tensor(
+            [1 if rows is None else rows, sum(map(fingerprint, batched)), random, drew],
+            dtype=torch.float64,
+        )
+        mode = "training" if self.module.training else "evaluation"
+        accumulating = "" if self._synced else ", no_sync"
+        said = self._channel.exchange(f"run {name} ({mode}{accumulating})", pack(mine))
+        counts, batches, randoms, drawn = zip(
+            *(unpack(packed, [4], mine).tolist() for packed in said), strict=True
+        )
+        full = [rank for rank, count in enumerate(counts) if count and rows]
+        if len(full) > 1 and len({batches[rank] for rank in full}) == 1:
+            raise ValueError(_SAME_BATCH.format(rows, name))
+        if all(drawn) and len(set(randoms)) == 1:
+            raise ValueError(_SAME_NOISE.format(name))
+        return [int(count) for count in counts]
+
+    def _replicas_for(self, rank: Rank, meets: bool) -> Replicas:
+        key = (tuple(rank.counts), rank.synced) if meets else None
+        replicas = self._replicas.pop(key, None)
+        if replicas is None:
+            replicas = Replicas(
+                self.module,
+                self._sync_batchnorm,
+                lambda parameters, _: self._go_in(rank, parameters),
+                alone=True,
+            )
+        self._replicas[key] = replicas  # now the last
+        if len(self._replicas) > _MOST_SPLITS:
+            del self._replicas[next(iter(self._replicas))]
+        return replicas
+
+    def _go_in(self, rank: Rank, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """What a replica has for `parameters`, and tokens."""
+        moves: list[Move] = ["share"] * len(parameters)
+        doing = "the gradients of the parameters"
+        tokens, leaves = go_in(rank, doing, parameters, moves, borrow=False)
+        return leaves, tokens
+
+    def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
+        """Puts in `wholes` the mean over ranks of what the forward has written to buffers."""
+        at = len(tensors_of(ran.output))
+        places, values = [], []
+        for change in ran.changes.values():
+            for leaf in tensors_of(change.value):
+                if change.is_buffer and not change.is_agreed and leaf.is_floating_point():
+                    places.append(at)
+                    values.append(leaf.detach())
+                at += 1
+        if values:
+            moves: list[Move] = ["mean"] * len(values)
+            means, _ = rank.put_together("the buffers", values, moves, values)
+            for place, mean in zip(places, means, strict=True):
+                wholes[place] = mean
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Has gradients stay each rank's own in the block."""
+        before, self._synced = self._synced, False
+        try:
+            yield
+        finally:
+            self._synced = before
+
+
+def _some_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, with a row of zeros if it has none, so that the module has something to run."""
+    if is_shared(tensor) or len(tensor):
+        return tensor
+    return torch.cat([tensor, zeros_like_rows(tensor, 1)])
+
+
+_DIVERGED = (
+    "It has had another gradient: with batch='local' a parameter's gradients are brought together "
+    "where the wrapper runs it, not where `wrapper.module` or the loss uses it."
+)
+
+_SAME_BATCH = (
+    "Every process has passed the same {} rows to {}. With batch='local' each passes rows of its "
+    "own: iterate `wraploop.shard(loader)`, or use batch='global', where each passes all."
+)
+
+_SAME_NOISE = (
+    "Every process has drawn the same random numbers before {}. With batch='local' each needs its "
+    "own. Making a DistributedModel gives it those: do not seed after that, or seed each process "
+    "with a number of its own."
+)
