@@ -3,7 +3,7 @@
 import pytest
 
 from tests.promise import Wrap, at_most, differences, expected, snapshots
-from tests.ranks import CONFIGURATIONS, failures
+from tests.ranks import CONFIGURATIONS, LOCAL, failures
 from tests.steps import STEPS
 from wraploop import DataParallel, ThreadedCPUParallel
 
@@ -42,6 +42,17 @@ def each(configurations, names):
 
 @pytest.mark.parametrize(("configuration", "names"), sampled(CONFIGURATIONS, PROMISED))
 def test_in_processes_every_step_is_the_plain_step(configuration, names, tmp_path):
+    found = failures(configuration, tmp_path, names)
+    report = "\n".join(f"--- {name}: {wrong}" for name, wrong in found.items())
+    assert not found, f"{len(found)} of {len(names)} steps: {', '.join(found)}\n{report}"
+
+
+@pytest.mark.parametrize("configuration", LOCAL)
+def test_with_rows_of_its_own_in_each_process_every_separable_step_is_the_plain_step(
+    configuration, tmp_path
+):
+    reduction, _, _ = configuration.partition("-")
+    names = [name for name in KEPT if STEPS[name].local == reduction]
     found = failures(configuration, tmp_path, names)
     report = "\n".join(f"--- {name}: {wrong}" for name, wrong in found.items())
     assert not found, f"{len(found)} of {len(names)} steps: {', '.join(found)}\n{report}"

@@ -32,6 +32,8 @@ class Step:
         draws: whether models draw random numbers (which must then not matter).
         refused: what the error says, where the design cannot keep the promise.
         gap: why the promise does not hold yet, where it neither holds nor is refused.
+        local: how the losses of the rows that a process has, `mine`, make up that of all: "mean" or
+            "sum"; None where they do not, or the step takes whole batches.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Step:
     draws: bool = False
     refused: str | None = None
     gap: str | None = None
+    local: str | None = None
 
 
 STEPS: dict[str, Step] = {}
@@ -74,6 +77,7 @@ def step(
     draws: bool = False,
     refused: str | None = None,
     gap: str | None = None,
+    local: str | None = None,
     **factories: Callable[[], nn.Module],
 ) -> Callable[[Callable[[Models, Optimizers, int], Any]], Callable[[Models, Optimizers, int], Any]]:
     """Puts the decorated function on the list.
@@ -88,6 +92,7 @@ def step(
         draws: whether models draw.
         refused: an expression that the error matches.
         gap: why the promise does not hold yet.
+        local: how losses of a process's own rows make up that of all.
         factories: one for each model.
     """
     build = models or (lambda: {name: make() for name, make in factories.items()})
@@ -96,7 +101,7 @@ def step(
         name = run.__name__.strip("_")
         assert name not in STEPS or STEPS[name].run.__module__ == run.__module__, name
         STEPS[name] = Step(
-            name, run, build, optimizers, methods, plain, steps, rtol, draws, refused, gap
+            name, run, build, optimizers, methods, plain, steps, rtol, draws, refused, gap, local
         )
         return run
 
@@ -109,6 +114,16 @@ def step(
 def randn(k: int, *shape: int) -> Tensor:
     """Standard normal numbers that follow from `k` and the shape."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1000 * k + sum(shape)))
+
+
+OWN = [0, 1]  # which of how many runs of rows are this process's own
+
+
+def mine(*batch: Tensor) -> Any:
+    """The rows of `batch` that are this process's own, where it is to pass no others."""
+    part, parts = OWN
+    own = [tensor.tensor_split(parts)[part] for tensor in batch]
+    return own[0] if len(own) == 1 else own
 
 
 def randint(k: int, high: int, *shape: int) -> Tensor:

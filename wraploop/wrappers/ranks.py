@@ -233,7 +233,7 @@ class _GoIn(Function):
             wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, [])
         else:
             wholes = weigh(parts, rank.channel.world_size)
-            leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions[4:])
+            leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
             rank.unsynced.update(id(leaf) for leaf in leaves if leaf is not None)
         return None, None, None, None, *wholes
 
@@ -248,7 +248,7 @@ def _with_unsynced(ctx: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
     if not unsynced or torch.is_grad_enabled():
         return parts
     found = []
-    for part, (node, _) in zip(parts, ctx.next_functions[4:], strict=True):
+    for part, (node, _) in zip(parts, ctx.next_functions, strict=True):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in unsynced and is_wanted(node):
             unsynced.discard(id(leaf))
