@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from wraploop import DistributedModel
+from wraploop import DistributedModel, processes
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -51,18 +51,45 @@ def main() -> None:
         out = model(x).sum()
         out.backward() if RANK == 0 else model(x)
 
+    refusing = DistributedModel(Refusing())
+    local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
+
+    def draw_the_same() -> None:
+        before = torch.get_rng_state()
+        torch.manual_seed(0)
+        try:
+            local(x + RANK + torch.rand(1))
+        finally:
+            torch.set_rng_state(before)
+
+    def change_on_one() -> None:
+        with torch.no_grad():
+            for parameter in local.parameters():
+                parameter.add_(RANK)
+        try:
+            local(x + RANK)
+        finally:
+            with torch.no_grad():
+                for parameter in local.parameters():
+                    parameter.sub_(RANK)
+
     faults: dict[str, Callable[[], Any]] = {
         "another batch": lambda: model(x + RANK),
         "another shape": lambda: model(torch.randn(6, 3 + 2 * RANK)),
         "another mode": train_and_evaluate,
         "another loss": lambda: (model(x) * (RANK + 1)).sum().backward(),
         "no backward": go_on_without_backward,
-        "an error in forward": lambda: DistributedModel(Refusing())(x),
+        "an error in forward": lambda: refusing(x),
+        "another exchange": lambda: model(x) if RANK else processes.sum(1.0),
+        "the same rows": lambda: local(x),
+        "the same noise": draw_the_same,
+        "another parameter": change_on_one,
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
     }
     for name, fault in faults.items():
         attempt(name, fault)
         attempt(f"after {name}", lambda: model(x).sum().backward())
+        attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
     attempt("no coming", lambda: model(x) if RANK == 0 else time.sleep(5))
 
 

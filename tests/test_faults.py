@@ -18,6 +18,10 @@ EXPECTED = {
     "another loss": ("PeerError Rank 1 has another gradient of the loss",) * 2,
     "no backward": ("PeerError The processes do different .*gradient of the loss.*the batch",) * 2,
     "an error in forward": ("PeerError Rank 1 failed.*KeyError", "KeyError"),
+    "another exchange": ("PeerError The processes do different .*add numbers up.*the batch",) * 2,
+    "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,
+    "the same noise": ("ValueError Every process has drawn the same random numbers",) * 2,
+    "another parameter": ("PeerError Rank 1 has another parameter '(weight|bias)'",) * 2,
     "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
     * 2,
 }
@@ -49,10 +53,11 @@ def test_a_fault_is_an_error_on_every_rank_at_once_and_the_next_step_is_right(go
             seconds, text = got[name][rank]
             assert re.search(message, text), (name, rank, text)
             assert seconds < 5, (name, rank)
-            assert got[f"after {name}"][rank][1] == "nothing", (name, rank)
+            for after in (f"after {name}", f"after {name}, own rows"):
+                assert got[after][rank][1] == "nothing", (after, rank)
 
 
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(got):
     seconds, text = got["no coming"][0]
-    assert re.search("PeerError Rank 0 waited for the others", text), text
-    assert 2 < seconds < 5
+    assert re.search(r"Rank 0 has waited 3.*rank 1 did not come; it is at .*faults.py:\d+", text)
+    assert 2 < seconds < 8

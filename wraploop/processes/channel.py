@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import struct
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .watch import watch
 
 _SIZE = 4096  # bytes of a frame
 _HEAD = struct.Struct("<BIIQ")  # failed? length of the text, number of facts, length of the payload
@@ -42,6 +45,7 @@ class Channel:
         self.rank = dist.get_rank(group)
         self.world_size = dist.get_world_size(group)
         self._facts: list[tuple[str, float]] = []
+        self._watch = watch()
         self._advice: dict[str, str] = {}
         self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
 
@@ -71,6 +75,8 @@ class Channel:
         about = ", ".join(dict.fromkeys(what for what, _ in facts))
         text = f"{doing}, with the {about}" if about else doing
         own = Frame(text, [fact for _, fact in facts], len(payload))
+        if self._watch:
+            self._watch.doing = text
         everyone = self._all_gather(own.packed(payload))
         frames = [Frame.unpacked(frame) for frame in everyone]
         self._check(frames, [what for what, _ in facts])
@@ -132,13 +138,23 @@ class Channel:
         return everyone
 
     def _wait(self, work: Any) -> None:
+        watching, begun_s = self._watch, time.monotonic()
+        if watching:
+            watching.is_waiting = True
         try:
             work.wait() if self._timeout is None else work.wait(self._timeout)
         except RuntimeError as error:
+            waited_s = time.monotonic() - begun_s
+            doing = f" to {watching.doing}" if watching else ""
+            others = f":\n{watching.ask()}\n" if watching else ". "
             raise PeerError(
-                f"Rank {self.rank} waited for the others and one did not come: a process has "
-                f"ended, or hangs. ({error})"
+                f"Rank {self.rank} has waited {waited_s:.1f} s for the others{doing}{others}"
+                "Every process must run the same step, and none end before the others; timeout_s "
+                f"says how long to wait. ({error})"
             ) from error
+        finally:
+            if watching:
+                watching.is_waiting = False
 
 
 @dataclass(frozen=True)

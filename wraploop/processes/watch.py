@@ -1,0 +1,107 @@
+"""Telling, when a process does not come, which one it is and what each is doing.
+
+Every process has a thread that looks now and then whether somebody has raised the alarm, in the
+store that the process group was made with, and answers what its process is doing. A process that
+hangs in Python or waits for the others answers too; one that has ended does not.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import Any
+
+import torch.distributed as dist
+
+_LOOK_EVERY_S = 0.5
+_ANSWER_WITHIN_S = 2.5
+
+
+class Watch:
+    """This process's part in it.
+
+    Args:
+        store: of the default process group.
+
+    Attributes:
+        doing: what this process last said, or says, to the others.
+        is_waiting: whether it still waits for their answer.
+    """
+
+    doing = "nothing yet"
+    is_waiting = False
+
+    def __init__(self, store: Any) -> None:
+        self._store = store
+        self._alarms = 0
+        self._main = threading.main_thread().ident
+        threading.Thread(target=self._look, name="wraploop-watch", daemon=True).start()
+
+    def ask(self) -> str:
+        """What the other processes are doing, a line for each that is not waiting."""
+        number = self._alarms
+        try:
+            self._store.set(_alarm(number), "")
+            return "\n".join(self._answers(number))
+        except Exception as error:  # the store has gone with the process that kept it
+            return f"  nobody could be asked: {error}"
+
+    def _answers(self, number: int) -> list[str]:
+        until = time.monotonic() + _ANSWER_WITHIN_S
+        missing = set(range(dist.get_world_size())) - {dist.get_rank()}
+        answers = {}
+        while missing and time.monotonic() < until:
+            for rank in sorted(missing):
+                if self._store.check([_answer(number, rank)]):
+                    answers[rank] = self._store.get(_answer(number, rank)).decode()
+            missing -= answers.keys()
+            time.sleep(0.05)
+        lines = [f"  rank {rank} {answer}" for rank, answer in sorted(answers.items())]
+        return lines + [f"  rank {rank} does not answer: it has ended" for rank in sorted(missing)]
+
+    def _look(self) -> None:
+        try:
+            while dist.is_initialized():
+                if self._store.check([_alarm(self._alarms)]):
+                    self._store.set(_answer(self._alarms, dist.get_rank()), self._report())
+                    self._alarms += 1
+                time.sleep(_LOOK_EVERY_S)
+        except Exception:  # the process group has ended
+            return
+
+    def _report(self) -> str:
+        if self.is_waiting:
+            return f"waits too: {self.doing}"
+        frame = sys._current_frames().get(self._main or 0)
+        at = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "nowhere"
+        return f"did not come; it is at {at}, after: {self.doing}"
+
+
+def _alarm(number: int) -> str:
+    return f"wraploop/alarm/{number}"
+
+
+def _answer(number: int, rank: int) -> str:
+    return f"wraploop/answer/{number}/{rank}"
+
+
+_watch: Watch | None = None
+
+
+def watch() -> Watch | None:
+    """This process's watch; None where torch does not say which store it uses."""
+    global _watch
+    store = _default_store()
+    if store is None:
+        return None
+    if _watch is None or _watch._store is not store:
+        _watch = Watch(store)
+    return _watch
+
+
+def _default_store() -> Any:
+    try:
+        return dist.distributed_c10d._get_default_store()
+    except (AttributeError, ValueError):
+        return None
