@@ -80,7 +80,9 @@ def main() -> None:
     print(
         f"\n{len(separable)} of {len(names)} steps can be asked of a wrapper that averages "
         f"gradients. Not {len(names) - len(cut)},\nwhich fail when cut to a process's rows, "
-        f"nor {len(cut) - len(separable)}, in which averaging gradients by hand is wrong too."
+        f"nor {len(cut) - len(separable)}, in which averaging gradients by hand is wrong too.\n"
+        "Numbers of rows are made even for peers, and a step of ours is refused if it raises the "
+        "error\nthat its entry in tests/steps announces."
     )
     print_counts(f"Those {len(separable)}", options.wrappers, separable, outcomes)
     print_counts(f"All {len(names)}, if they can be cut", options.wrappers, names, outcomes)
@@ -206,9 +208,9 @@ def make(cases: list[tuple[str, str]]) -> Outcomes:
                 running.remove(case)
                 found[case.wrapper, case.step.name] = case.outcome()
                 case.folder.cleanup()
-                if sys.stderr.isatty():
-                    text = f"\r{len(cases) - len(left) - len(running)} of {len(cases)} "
-                    print(text, end="", file=sys.stderr, flush=True)
+                done = len(cases) - len(left) - len(running)
+                if done % 100 == 0 or done == len(cases):
+                    print(f"{done} of {len(cases)} cases", file=sys.stderr, flush=True)
     finally:
         for case in running:
             case.ends_s = 0.0

@@ -11,6 +11,7 @@ is costly, reading and collating samples, runs only in the process that needs th
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import sys
 from collections import deque
@@ -33,8 +34,8 @@ def shard(batches: Iterable[Any]) -> ShardedBatches:
     it changes nothing.
 
     A `DataLoader` over a map-style dataset reads only this process's samples; of everything else
-    each process makes the whole batch and keeps its rows. Workers draw different numbers in
-    every process, the sampler the same.
+    each process makes the whole batch and keeps its rows. Samplers draw what they would in one
+    process, from rank 0's random state; workers draw different numbers in every process.
 
     Args:
         batches: a `DataLoader`, or any iterable of batches: nests of tensors, arrays and lists, of
@@ -88,12 +89,14 @@ class ShardedBatches:
     def _read(self, state: _RandomState) -> Iterator[Any]:
         """Batches of this process's samples alone."""
         source: Any = self._batches
-        with state.used():  # as the loader itself would, for its workers
-            seed = int(torch.empty((), dtype=torch.int64).random_(generator=source.generator))
-        if self._loader is None:
+        is_new = self._loader is None
+        if is_new:
             self._loader = _loader_of(source, _OwnIndices(source.batch_sampler))
         loader: Any = self._loader
-        loader.generator.manual_seed(seed + processes.rank())
+        if is_new or not loader.persistent_workers:
+            with state.used():  # as the loader itself would, for its workers
+                seed = int(torch.empty((), dtype=torch.int64).random_(generator=source.generator))
+            loader.generator.manual_seed(seed + processes.rank())
         counts = loader.batch_sampler.begin(state)
         for batch in loader:
             yield batch if counts.popleft() else _rows(batch, slice(0, 0), 1)
@@ -129,7 +132,8 @@ class _RandomState:
     """The random state, rank 0's, from which all processes draw what decides on the batches."""
 
     def __init__(self) -> None:
-        self._state = processes.broadcast(_random_state())
+        self._own = _random_state()
+        self._state = processes.broadcast(self._own)
 
     @contextmanager
     def used(self) -> Iterator[None]:
@@ -146,12 +150,21 @@ class _RandomState:
         """The `items`, while they are made drawing from it."""
         with self.used():
             iterator = iter(items)
-        while True:
+        for number in itertools.count():
             with self.used():
                 item = next(iterator, _END)
+            if number == 0 or item is _END:
+                self._hand_back()
             if item is _END:
                 return
             yield item
+
+    def _hand_back(self) -> None:
+        """Has rank 0 go on from here, as one process would, unless it has drawn meanwhile."""
+        own = _random_state()
+        if processes.rank() == 0 and _same(own, self._own):
+            _set_random_state(self._state)
+            self._own = self._state
 
 
 _END = object()
@@ -160,6 +173,10 @@ _END = object()
 def _random_state() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and str(a[2]) == str(b[2])
 
 
 def _set_random_state(state: tuple[Any, ...]) -> None:
