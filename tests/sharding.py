@@ -35,6 +35,16 @@ class Words(Dataset[Any]):
         return {"number": torch.tensor(index), "word": f"word {index}", "pair": (index, [index])}
 
 
+class Batches(Dataset[Any]):
+    """Samples that are batches already."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.arange(5 - index)
+
+
 class Stream(IterableDataset[Any]):
     """A shuffled stream without length, cut among its workers."""
 
@@ -91,9 +101,7 @@ LOADERS: dict[str, Callable[[], Iterable[Any]]] = {
     "ragged": lambda: DataLoader(Words(), batch_size=4, collate_fn=ragged),
     "stream": lambda: DataLoader(Stream(), batch_size=4),
     "stream with workers": lambda: DataLoader(Stream(), batch_size=4, num_workers=2),
-    "whole batches": lambda: DataLoader(
-        [torch.arange(5), torch.arange(3)], batch_size=None, shuffle=True
-    ),
+    "whole batches": lambda: DataLoader(Batches(), batch_size=None, shuffle=True),
     "a list": lambda: [(torch.arange(7), [str(i) for i in range(7)]), (torch.ones(1), ["x"])],
 }
 

@@ -73,3 +73,18 @@ def test_graphs_are_walked_to_their_leaves():
 def test_sums_of_lists_are_sums():
     total = internals.foreach_add([torch.ones(2), torch.zeros(1)], [torch.ones(2), torch.ones(1)])
     assert [t.tolist() for t in total] == [[2.0, 2.0], [1.0]]
+
+
+def test_torch_compile_leaves_alone_what_is_not_compiled_and_what_it_calls():
+    seen = []
+
+    def called(x):
+        seen.append(torch.compiler.is_compiling())
+        return x + 1
+
+    @internals.not_compiled
+    def alone(x):
+        return called(x)
+
+    assert torch.compile(lambda x: alone(x * 2), backend="eager")(torch.ones(1)).item() == 3
+    assert seen == [False]

@@ -210,8 +210,7 @@ def own_rows_and_a_backward_with_its_graph(m, o, k):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a reference cycle, broken below
         fit(m.net, k).backward(create_graph=True)
-    norm = sum(p.grad.square().sum() for p in m.net.parameters())
-    norm.backward()
+    torch.stack([p.grad.square().sum() for p in m.net.parameters()]).sum().backward()
     o.net.step()
     for parameter in m.net.parameters():
         parameter.grad = None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -190,3 +192,20 @@ def submodules_called_directly(m, o, k):
 @step(net=Module, refused="methods=")
 def a_method_that_was_not_named(m, o, k):
     m.net.training_step((randn(k, 7, 3), randint(k, 2, 7)), k)["loss"].backward()
+
+
+def compiled() -> nn.Module:
+    model: Any = torch.compile(mlp(3, 5, 2), backend="eager")
+    return model
+
+
+@step(net=compiled)
+def compiled_module(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+
+@step(net=lambda: mlp(3, 5, 2))
+def compiled_wrapper(m, o, k):
+    if not k:
+        m.net.compile(backend="eager")
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())

@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
 _C: Any = torch._C
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def is_wanted(node: Any) -> bool:
@@ -93,9 +96,51 @@ def is_transformed() -> bool:
     )
 
 
+@contextmanager
+def quiet_compiler() -> Iterator[None]:
+    """A block in which the compiler may look at parameters that are no leaves without a warning."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
+
+
 def own_attributes() -> frozenset[str]:
     """The attributes that every `torch.nn.Module` has, such as its tables of hooks."""
-    return frozenset(nn.Module().__dict__)
+    of_the_class = [name for name, value in vars(nn.Module).items() if not callable(value)]
+    return frozenset([*nn.Module().__dict__, *of_the_class])
+
+
+def not_compiled(function: F) -> F:
+    """`function`, which `torch.compile` leaves alone, with all that it calls.
+
+    As `torch.compiler.disable`, which would import the compiler, and that takes seconds.
+    """
+    frames: Any = getattr(getattr(_C, "_dynamo", None), "eval_frame", None)
+    set_compiler = getattr(frames, "set_eval_frame", None)
+    if set_compiler is None:
+        return function
+
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        before = set_compiler(None)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            set_compiler(before)
+
+    alone.__name__, alone.__doc__ = function.__name__, function.__doc__
+    alone._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
+    if hasattr(frames, "set_code_exec_strategy"):
+        skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
+        frames.set_code_exec_strategy(alone.__code__, skipped)
+    return alone  # pyright: ignore[reportReturnType]
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a part of `module` is run by `torch.compile`."""
+    return any(
+        getattr(part, "_compiled_call_impl", None) is not None or hasattr(part, "dynamo_ctx")
+        for part in module.modules()
+    )
 
 
 def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:

@@ -74,7 +74,9 @@ class LaneRunner:
 
         # Run
         given = [mine[:count] for mine in taken]
-        ran = alike(self._ran(call, group, replicas, given), given, call, group.sizes)
+        ran = alike(
+            self._ran(call, group, replicas, given, tree.is_compiled), given, call, group.sizes
+        )
 
         # Gather
         parts = [
@@ -111,11 +113,18 @@ class LaneRunner:
         return output
 
     def _ran(
-        self, call: Call, group: LaneGroup, replicas: list[Replica], taken: list[list[Tensor]]
+        self,
+        call: Call,
+        group: LaneGroup,
+        replicas: list[Replica],
+        taken: list[list[Tensor]],
+        is_compiled: bool,
     ) -> list[Ran]:
         """What `call` leaves in each lane, with the inputs `taken`."""
         state = (call.method, self.module.training)
-        noise = Noise(len(replicas)) if self._draws.get(state, True) else None
+        is_first = state not in self._draws
+        watches = self._draws.get(state, True) and not is_compiled
+        noise = Noise(len(replicas), is_first) if watches else None
 
         def work(lane: int) -> Ran:
             inputs, replica = taken[lane], replicas[lane]
@@ -134,8 +143,16 @@ class LaneRunner:
             noise.end()
             self._draws[state] = noise.drawn
         elif not torch.equal(random_state, torch.get_rng_state()):
+            if is_compiled:
+                raise NotImplementedError(_COMPILED)
             self._draws[state] = True
         return ran
+
+
+_COMPILED = (
+    "A compiled module draws random numbers (dropout) in lanes, which depend on chance. Compile "
+    "what draws nothing, or use DistributedModel."
+)
 
 
 def _aliases(

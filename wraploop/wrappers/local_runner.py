@@ -11,7 +11,7 @@ where the batch is scattered, with the weight at that border: see `ranks.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ from wraploop.processes.packing import pack, unpack
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
 from .border import Move
 from .call import Call
+from .internals import quiet_compiler
 from .noise import random_fingerprint
 from .outputs import Ran
 from .ranks import BOUNDARY, Rank, depending, go_in
@@ -86,8 +87,9 @@ class LocalRunner:
             raise
 
     def _run(self, call: Call, rank: Rank, meets: bool) -> Nest:
-        _, (replica,) = self._replicas_for(rank, meets).get([None])
-        with running(rank if meets else None):
+        tree, (replica,) = self._replicas_for(rank, meets).get([None])
+        quiet = quiet_compiler() if tree.is_compiled else nullcontext()
+        with running(rank if meets else None), quiet:
             output = call.on(replica.module, [_some_rows(x) for x in call.inputs])
         ran = Ran(output, replica.changes(), {})
         tensors = tensors_of(ran.nest)

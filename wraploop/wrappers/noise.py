@@ -9,7 +9,10 @@ wrapper.
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import random
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from .internals import is_checkpointing
 
@@ -27,18 +30,23 @@ _one_at_a_time = threading.Lock()
 class Noise:
     """The random states of the lanes of one call.
 
+    Args:
+        lanes: how many.
+        watch: whether to look for random numbers that no lane can have of its own.
+
     Attributes:
         drawn: whether a lane has drawn a random number.
     """
 
-    def __init__(self, lanes: int) -> None:
+    def __init__(self, lanes: int, watch: bool) -> None:
         self.drawn = False
         self._outside = torch.default_generator.get_state()
+        self._others = _other_states() if watch else None
         seed = _seed_of(self._outside)
         seeded = [torch.Generator().manual_seed(seed + lane) for lane in range(lanes)]
         self._states = [generator.get_state() for generator in seeded]
 
-    def lane(self, index: int) -> TorchDispatchMode:
+    def lane(self, index: int) -> TorchFunctionMode:
         """A context in which random operators draw from the generator of lane `index`."""
         return _LaneNoise(self, index)
 
@@ -57,7 +65,15 @@ class Noise:
                     raise NotImplementedError(_CHECKPOINTED)
 
     def end(self) -> None:
-        """Moves the process's generator on if a lane has drawn, so that the next call's differ."""
+        """Moves the process's generator on if a lane has drawn, so that the next call's differ.
+
+        Raises:
+            NotImplementedError: the module has drawn where it could not be seen.
+        """
+        if not torch.equal(torch.default_generator.get_state(), self._outside):
+            raise NotImplementedError(_UNSEEN.format("in an operator of no known name"))
+        if self._others is not None and _other_states() != self._others:
+            raise NotImplementedError(_UNSEEN.format("of Python or NumPy"))
         if self.drawn:
             torch.rand(1)
 
@@ -67,29 +83,62 @@ _CHECKPOINTED = (
     "would draw others, and the gradient would be wrong. Leave the part out of checkpointing, or "
     "use DistributedModel."
 )
+_UNSEEN = (
+    "The module draws random numbers {}. Lanes run at the same time, and which of them would draw "
+    "first is chance. Draw with torch's own functions, or use DistributedModel."
+)
+_DRAWING = {  # Python functions of torch that draw; operators say so themselves
+    *("dropout1d", "dropout2d", "dropout3d", "gumbel_softmax", "multi_head_attention_forward"),
+    *("fractional_max_pool2d", "fractional_max_pool2d_with_indices"),
+    *("fractional_max_pool3d", "fractional_max_pool3d_with_indices"),
+}
+_DRAWING_IF_DROPPING = {
+    *("gru", "lstm", "rnn_relu", "rnn_tanh"),
+    *("scaled_dot_product_attention", "multi_head_attention_forward"),
+}
 
 
-class _LaneNoise(TorchDispatchMode):
+class _LaneNoise(TorchFunctionMode):
     def __init__(self, noise: Noise, index: int) -> None:
         super().__init__()
         self._noise = noise
         self._index = index
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import the compiler at the first operator
-
-    def __torch_dispatch__(
+    def __torch_function__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if torch.Tag.nondeterministic_seeded in func.tags and not _has_generator(args, kwargs):
-            return self._noise.draw(self._index, func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if _may_draw(func, args, kwargs):
+            return self._noise.draw(self._index, func, args, kwargs)
+        return func(*args, **kwargs)
 
 
-def _has_generator(args: Sequence[Any], kwargs: dict[str, Any] | None) -> bool:
-    values = [*args, *(kwargs or {}).values()]
-    return any(isinstance(value, torch.Generator) for value in values)
+def _may_draw(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    if not _is_random(name, getattr(func, "__module__", None)):
+        return False
+    if name in _DRAWING_IF_DROPPING:
+        named = {key: value for key, value in kwargs.items() if key != "scale"}
+        return any(isinstance(v, float) and v > 0 for v in (*args, *named.values()))
+    return not any(isinstance(v, torch.Generator) for v in (*args, *kwargs.values()))
+
+
+@functools.cache
+def _is_random(name: str, module: str | None) -> bool:
+    """Whether the function of that name may draw random numbers, as the operators say."""
+    if name in _DRAWING or module == "torch.nn.init":
+        return True
+    packet = getattr(torch.ops.aten, name, None) if name.isidentifier() else None
+    if not isinstance(packet, torch._ops.OpOverloadPacket):
+        return False
+    overloads = (getattr(packet, overload) for overload in packet.overloads())
+    return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
+
+
+def _other_states() -> tuple[Any, ...]:
+    """The states of the generators that every thread draws from, besides torch's."""
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), str(numpy.random.get_state(legacy=False)) if numpy else None
 
 
 def _seed_of(state: Tensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from wraploop.processes.packing import pack, unpack
 from .batch import Nest, shared, split
 from .border import Move
 from .call import Call
-from .internals import depends_on, version_of
+from .internals import depends_on, quiet_compiler, version_of
 from .noise import own_noise
 from .outputs import (
     Ran,
@@ -81,7 +82,8 @@ class RankRunner:
 
         # Run
         before = [version_of(part) for part in taken]
-        with running(rank), own_noise(self._channel.rank) as noise:
+        quiet = quiet_compiler() if tree.is_compiled else nullcontext()
+        with running(rank), own_noise(self._channel.rank) as noise, quiet:
             output = call.on(replica.module, taken)
         rank.drew = noise.drew
         ran = Ran(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .internals import own_attributes
+from .internals import is_compiled, own_attributes
 
 EXECUTION = "_wraploop_execution"  # what a wrapper keeps for running, which is not the module's
 _TABLES = ("_parameters", "_buffers", "_modules")
@@ -33,6 +33,7 @@ class Tree:
         buffers: the other distinct tensors in it.
         carried: what forwards have left in attributes for later ones: tensors with a graph, and
             those in the places `rows`.
+        is_compiled: whether `torch.compile` runs a part of it.
 
     Args:
         root: the module.
@@ -68,6 +69,7 @@ class Tree:
                     self.carried[module, name] = value
                 else:
                     (parameters if value.requires_grad else buffers)[id(value)] = value
+        self.is_compiled = is_compiled(root)
         self.parameters = list(parameters.values())
         self.buffers = list(buffers.values())
         self._places = self._where()

@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from .batch import Nest, tensors_of
 from .call import Call
-from .internals import own_attributes
+from .internals import not_compiled, own_attributes
 from .tree import EXECUTION
 
 
@@ -86,6 +86,7 @@ class ModelWrapper(nn.Module):
             kept = self.__dict__[EXECUTION] = make(self.module, self.sync_batchnorm)
         return kept
 
+    @not_compiled
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the module's forward on shards of the batch.
 
