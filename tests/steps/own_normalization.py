@@ -45,7 +45,7 @@ class Functional(nn.BatchNorm1d):
         )
 
 
-@step(net=partial(normed, Functional), gap="a call of F.batch_norm sees one shard")
+@step(net=partial(normed, Functional), refused="couples rows")
 def batchnorm_subclass_that_calls_the_function(m, o, k):
     return ordinary(m, o, k)
 
@@ -64,7 +64,7 @@ class Interpolated(nn.Module):
         return out
 
 
-@step(net=Interpolated, gap="a buffer is taken for a mean over rows")
+@step(net=Interpolated, refused="couples rows")
 def buffer_that_sums_the_batch(m, o, k):
     update(o.net, m.net(randn(k, 7, 3)).square().mean())
 

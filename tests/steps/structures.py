@@ -206,7 +206,7 @@ class Parametrized(nn.Module):
             return self.a(self.a(x).tanh())
 
 
-@step(net=Parametrized, gap="torch caches one weight for all replicas")
+@step(net=Parametrized)
 def parametrization_cached_in_forward(m, o, k):
     out = twice(m, o, k)
     with parametrize.cached():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .outputs import Ran, alike, carried_moves, move_in, written_to
+from .probe import Expected, Probe
 from .replica import Replica
 from .replicas import Replicas, alias
 from .threads import Threads
@@ -34,6 +36,8 @@ class LaneRunner:
     def __init__(self, module: nn.Module, sync_batchnorm: bool) -> None:
         self.module = module
         self._replicas = Replicas(module, sync_batchnorm, _aliases, alone=False)
+        self._probe = Probe(module)
+        self._sync_batchnorm = sync_batchnorm
         self._threads = Threads()
         self._draws: dict[tuple[str, bool], bool] = {}
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
@@ -45,16 +49,23 @@ class LaneRunner:
 
     def run(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None = None) -> Nest:
         """Makes `call`, whose batch has `rows` rows, with a lane for each of `lanes.devices`."""
-        if tuner is None or tuner.chosen:
-            return self._run(call, rows, lanes, None)
         count = len(lanes.devices)
+        expected = self._probe.expect(call) if count > 1 and self._sync_batchnorm else None
+        if tuner is None or tuner.chosen:
+            return self._run(call, rows, lanes, expected, None)
         begun_s = time.perf_counter()
-        output = self._run(call, rows, lanes, lambda s: tuner.note("backward", count, s))
+        note = partial(tuner.note, "backward", count)
+        output = self._run(call, rows, lanes, expected, note)
         tuner.note("forward", count, time.perf_counter() - begun_s)
         return output
 
     def _run(
-        self, call: Call, rows: int, lanes: Lanes, on_backward: Callable[[float], None] | None
+        self,
+        call: Call,
+        rows: int,
+        lanes: Lanes,
+        expected: Expected | None,
+        on_backward: Callable[[float], None] | None,
     ) -> Nest:
         tree, replicas = self._replicas.get(lanes.devices)
         group = LaneGroup(split(rows, len(lanes.devices)), lanes, self._threads)
@@ -108,6 +119,8 @@ class LaneRunner:
         crossing.on_written = replicas[0].hand_back_recomputed
         wholes = crossing.come_out(outs[0])
         output = ran[0].whole(call, replicas[0], wholes)
+        if expected:
+            expected.check(call, output, ran[0])
         for replica in replicas:
             replica.settle()
         return output

@@ -184,6 +184,26 @@ def own_noise(number: int) -> Iterator[OwnNoise]:
             generator.set_state(state)
 
 
+@contextmanager
+def kept_random_state() -> Iterator[OwnNoise]:
+    """A block after which all random states are what they were before."""
+    noise = OwnNoise()
+    generators = _generators()
+    before = [generator.get_state() for generator in generators]
+    numpy = sys.modules.get("numpy")
+    others = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        yield noise
+    finally:
+        now = [generator.get_state() for generator in generators]
+        noise.drew = not all(map(torch.equal, before, now)) or random.getstate() != others[0]
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+        random.setstate(others[0])
+        if numpy and others[1]:
+            numpy.random.set_state(others[1])
+
+
 def _generators() -> list[torch.Generator]:
     """The generators that operators draw from by default, on the CPU and the current device."""
     found = [torch.default_generator]

@@ -27,6 +27,7 @@ from .outputs import (
     signature,
     written_to,
 )
+from .probe import Probe
 from .ranks import ALL_PASS_ALL, BOUNDARY, Rank, come_out, go_in
 from .replica import Change
 from .replicas import Replicas
@@ -47,6 +48,7 @@ class RankRunner:
         self.module = module
         self._channel = channel
         self._name = type(module).__name__
+        self._probe = Probe(module) if sync_batchnorm else None
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True)
 
     def run(self, call: Call, rows: int) -> Nest:
@@ -64,6 +66,8 @@ class RankRunner:
             raise
 
     def _run(self, call: Call, rank: Rank, total: int) -> Nest:
+        expected = self._probe.expect(call) if self._probe else None
+
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = call.inputs
         moves: list[Move] = [move_in(x) for x in inputs]
@@ -110,6 +114,8 @@ class RankRunner:
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
         output = ran.whole(call, replica, wholes)
+        if expected:
+            expected.check(call, output, ran)
         replica.settle()
         return output
 

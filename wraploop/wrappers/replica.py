@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
@@ -213,7 +214,7 @@ class Replica:
         return copy
 
     def _copy_module(self, module: nn.Module) -> nn.Module:
-        copy = object.__new__((self._sync and global_class(type(module))) or type(module))
+        copy = object.__new__(_class_for(module, self._sync))
         self._memo[id(module)] = copy
         self._modules.append((module, copy))
         for name, value in module.__dict__.items():
@@ -316,6 +317,20 @@ class Replica:
         now = map(version_of, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
+
+
+def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
+    """The class that a copy of `module` has."""
+    cls = (sync and global_class(type(module))) or type(module)
+    if not parametrize.is_parametrized(module):
+        return cls
+    # `parametrize.cached()` would keep one weight for all copies
+    own = {name: _uncached(name, getattr(cls, name).fset) for name in module.parametrizations}  # pyright: ignore
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, **own})
+
+
+def _uncached(name: str, setter: Any) -> property:
+    return property(lambda module: module.parametrizations[name](), setter)
 
 
 def _cell_contents(cell: CellType) -> Any:

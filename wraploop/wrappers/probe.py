@@ -1,0 +1,144 @@
+"""Looking whether a module's rows are independent, as far as it does not say otherwise.
+
+Nothing in a module says that its forward takes a mean over the batch, or sums a loss over rows, and
+shards would then give something else than the whole batch, in silence. So some calls, the 1st, 2nd,
+4th, 8th and so on, are made on the whole batch as well, on a copy that is thrown away, without
+gradients; and what the shards have given is compared with that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .batch import leaves_of
+from .call import Call
+from .noise import kept_random_state
+from .outputs import Ran
+from .replicas import Replicas, alias
+from .shard import current, running
+from .tree import Place
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a call gives on the whole batch.
+
+    Attributes:
+        outputs: its tensors, by path.
+        changes: what it leaves in buffers and attributes, if that is a tensor.
+        precision: of the numbers that it has been computed with.
+    """
+
+    outputs: dict[str, Tensor]
+    changes: dict[Place, Tensor]
+    precision: float
+
+    def check(self, call: Call, output: object, ran: Ran) -> None:
+        """Compares what the shards have given.
+
+        Args:
+            call: what was called.
+            output: what it has returned, whole.
+            ran: what one shard has left; what it has changed has been handed back.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        for path, mine in _tensors(output).items():
+            whole = self.outputs.get(path)
+            if whole is not None and not self._is_close(mine, whole):
+                raise ValueError(_COUPLED.format(f"the output{path} of {call.method!r}"))
+        for module, name in self.changes.keys() & ran.changes.keys():
+            mine, whole = _kept(module, name), self.changes[module, name]
+            if isinstance(mine, Tensor) and not self._is_close(mine, whole):
+                raise ValueError(_COUPLED.format(f"{name!r} of {type(module).__name__}"))
+
+    def _is_close(self, mine: Tensor, whole: Tensor) -> bool:
+        if mine.shape != whole.shape or not (whole.is_floating_point() or whole.is_complex()):
+            return True  # told apart elsewhere; or rounded, whose neighbours are far
+        mine, whole = mine.detach().to(whole.device), whole.detach()
+        if mine.is_sparse or whole.is_sparse or not whole.numel():
+            return True
+        both = whole.isfinite() & mine.isfinite()
+        off = (mine - whole).abs().where(both, 0.0).max()
+        scale = whole.abs().where(both, 0.0).max()
+        return bool(off <= self.precision * (scale + self.precision))
+
+
+class Probe:
+    """Makes some of the calls of `module` on the whole batch too.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._calls: Counter[tuple[str, bool]] = Counter()
+        self._replicas = Replicas(module, False, _aliases, alone=False)
+
+    def expect(self, call: Call) -> Expected | None:
+        """What `call` should give; None where that is not to be looked at, or cannot be."""
+        kind = (call.method, self._module.training)
+        self._calls[kind] += 1
+        count = self._calls[kind]
+        if count & (count - 1) or current() is not None or not _is_free_of_effects(self._module):
+            return None
+        with kept_random_state() as noise, torch.no_grad(), running(None):
+            try:
+                _, (replica,) = self._replicas.get([None])
+                output = call.on(replica.module, [x.detach().clone() for x in call.inputs])
+                changes = replica.changes()
+            except Exception:  # the shards' run will say what is wrong, or it needs gradients
+                self._replicas.forget()
+                return None
+        if noise.drew:
+            return None
+        tensors = {p: c.value for p, c in changes.items() if isinstance(c.value, Tensor)}
+        return Expected(_tensors(output), tensors, _precision(output))
+
+
+def _kept(module: nn.Module, name: str) -> object:
+    return module._buffers.get(name, module.__dict__.get(name))
+
+
+def _tensors(output: object) -> dict[str, Tensor]:
+    return {path: leaf for path, leaf in leaves_of(output) if isinstance(leaf, Tensor)}
+
+
+def _precision(output: object) -> float:
+    """The cube root of the coarsest rounding: deep networks make more of a rounding error."""
+    dtypes = {x.dtype for x in _tensors(output).values() if x.is_floating_point()}
+    if torch.is_autocast_enabled("cpu"):
+        dtypes.add(torch.get_autocast_dtype("cpu"))
+    if torch.cuda.is_available() and torch.is_autocast_enabled("cuda"):
+        dtypes.add(torch.get_autocast_dtype("cuda"))
+    return max((torch.finfo(dtype).eps for dtype in dtypes), default=1e-7) ** (1 / 3)
+
+
+def _is_free_of_effects(module: nn.Module) -> bool:
+    """Whether a forward too many is noticed by nobody: hooks and generators might."""
+    for part in module.modules():
+        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
+        if any(not type(h).__module__.startswith("torch.nn.utils.") for h in hooks):
+            return False
+        if any(isinstance(value, torch.Generator) for value in part.__dict__.values()):
+            return False
+    return True
+
+
+def _aliases(
+    parameters: list[Tensor], device: torch.device | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    return [alias(parameter, device) for parameter in parameters], []
+
+
+_COUPLED = (
+    "In shards, {} is not what the whole batch gives: the forward couples rows. If it takes a "
+    "mean over the batch, let it use `wraploop.batch_mean`; if it computes a loss, let it return "
+    "a value for each row, to be summed or averaged outside."
+)
