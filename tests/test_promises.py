@@ -14,10 +14,8 @@ IN_PROCESS: dict[str, Wrap] = {
     "devices2": lambda m, methods: DataParallel(m, device_ids=["cpu"] * 2, methods=methods),
 }
 TIMEOUT_S = 30
-KEPT = [name for name, step in STEPS.items() if not step.refused and not step.gap]
+KEPT = [name for name, step in STEPS.items() if not step.refused]
 REFUSED = [name for name, step in STEPS.items() if step.refused]
-GAPS = [name for name, step in STEPS.items() if step.gap]
-PROMISED = [*KEPT, *REFUSED]
 
 # Every step under one wrapper of each kind; under the others every seventh, or all with --all.
 QUICK = ("threads2", "DistributedModel-2")
@@ -40,14 +38,20 @@ def each(configurations, names):
     ]
 
 
-@pytest.mark.parametrize(("configuration", "names"), sampled(CONFIGURATIONS, PROMISED))
+@pytest.mark.parametrize(("configuration", "names"), sampled(CONFIGURATIONS, list(STEPS)))
 def test_in_processes_every_step_is_the_plain_step(configuration, names, tmp_path):
     found = failures(configuration, tmp_path, names)
     report = "\n".join(f"--- {name}: {wrong}" for name, wrong in found.items())
     assert not found, f"{len(found)} of {len(names)} steps: {', '.join(found)}\n{report}"
 
 
-@pytest.mark.parametrize("configuration", LOCAL)
+QUICK_LOCAL = ("mean-local-3", "sum-local-2")
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [pytest.param(c, marks=() if c in QUICK_LOCAL else pytest.mark.slow) for c in LOCAL],
+)
 def test_with_rows_of_its_own_in_each_process_every_separable_step_is_the_plain_step(
     configuration, tmp_path
 ):
@@ -74,15 +78,3 @@ def test_what_cannot_be_the_plain_step_is_refused(wrapper, name):
     with at_most(TIMEOUT_S, f"{name} under {wrapper}"):
         with pytest.raises(Exception, match=step.refused):
             snapshots(step, IN_PROCESS[wrapper])
-
-
-@pytest.mark.parametrize("name", GAPS)
-def test_known_gaps_are_what_they_are(name):
-    """Fails when a gap is closed, so that its step is moved to where it belongs."""
-    step = STEPS[name]
-    expected(name)
-    try:
-        wrong = differences(step, snapshots(step, IN_PROCESS["threads2"]))
-    except RuntimeError as error:
-        wrong = str(error)
-    assert wrong, f"{name} is right now: take its gap= away"

@@ -169,7 +169,7 @@ def forward_hook_that_keeps_features_on_the_module(m, o, k):
     return m.net[1].features
 
 
-@step(net=lambda: mlp(3, 4, 2), gap="what leaves through a global is one shard's")
+@step(net=lambda: mlp(3, 4, 2))
 def forward_hook_that_keeps_features_elsewhere(m, o, k):
     features = {}
     handle = m.net[1].register_forward_hook(lambda _, args, out: features.update(tanh=out))
@@ -185,3 +185,47 @@ def forward_hook_used_to_look_at_shapes(m, o, k):
     out = ordinary(m, o, k)
     handle.remove()
     return out, list(seen[0]) if seen else None
+
+
+class Recorder:
+    """Keeps what its hooks see, as tools that look into models do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.features: list[torch.Tensor] = []
+        self.means: dict[str, torch.Tensor] = {}
+        layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, nn.Tanh)]
+        self.handles = [layer.register_forward_hook(self.hook_for(name)) for name, layer in layers]
+
+    def hook_for(self, name):
+        def hook(module, args, output):
+            self.features.append(output)
+            self.means[name] = output.detach().mean() - args[0].detach().mean()
+
+        return hook
+
+
+@step(net=lambda: mlp(3, 4, 5, 2), d=lambda: mlp(2, 4, 4, 1))
+def features_matched_by_a_recorder(m, o, k):
+    recorder = Recorder(m.d)
+    m.d(randn(k, 7, 2))
+    real, recorder.features = recorder.features, []
+    out = m.net(randn(k, 7, 3))
+    m.d(out)
+    pairs = zip(recorder.features, real, strict=True)
+    update(o.net, sum((a.mean(0) - b.detach().mean(0)).square().sum() for a, b in pairs))
+    for handle in recorder.handles:
+        handle.remove()
+    return recorder.means, len(real)
+
+
+SEEN: list[torch.Tensor] = []
+
+
+@step(net=lambda: mlp(3, 4, 2))
+def forward_hook_that_appends_to_a_global(m, o, k):
+    handle = m.net[1].register_forward_hook(lambda _, args, out: SEEN.append(out))
+    SEEN.clear()
+    first, second = m.net(randn(k, 7, 3)), m.net(randn(k + 9, 3, 3))
+    handle.remove()
+    update(o.net, first.mean() + second.mean() + sum(x.square().mean() for x in SEEN))
+    return SEEN

@@ -31,7 +31,6 @@ class Step:
         rtol: relative to the largest element of each tensor.
         draws: whether models draw random numbers (which must then not matter).
         refused: what the error says, where the design cannot keep the promise.
-        gap: why the promise does not hold yet, where it neither holds nor is refused.
         local: how the losses of the rows that a process has, `mine`, make up that of all: "mean" or
             "sum"; None where they do not, or the step takes whole batches.
     """
@@ -46,7 +45,6 @@ class Step:
     rtol: float = 1e-10
     draws: bool = False
     refused: str | None = None
-    gap: str | None = None
     local: str | None = None
 
 
@@ -76,7 +74,6 @@ def step(
     rtol: float = 1e-10,
     draws: bool = False,
     refused: str | None = None,
-    gap: str | None = None,
     local: str | None = None,
     **factories: Callable[[], nn.Module],
 ) -> Callable[[Callable[[Models, Optimizers, int], Any]], Callable[[Models, Optimizers, int], Any]]:
@@ -91,7 +88,6 @@ def step(
         rtol: tolerance.
         draws: whether models draw.
         refused: an expression that the error matches.
-        gap: why the promise does not hold yet.
         local: how losses of a process's own rows make up that of all.
         factories: one for each model.
     """
@@ -101,7 +97,7 @@ def step(
         name = run.__name__.strip("_")
         assert name not in STEPS or STEPS[name].run.__module__ == run.__module__, name
         STEPS[name] = Step(
-            name, run, build, optimizers, methods, plain, steps, rtol, draws, refused, gap, local
+            name, run, build, optimizers, methods, plain, steps, rtol, draws, refused, local
         )
         return run
 

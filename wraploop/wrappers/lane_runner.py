@@ -17,6 +17,7 @@ from .crossing import Crossing
 from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
+from .observers import Keepsakes
 from .outputs import Ran, alike, carried_moves, move_in, written_to
 from .probe import Expected, Probe
 from .replica import Replica
@@ -35,7 +36,7 @@ class LaneRunner:
 
     def __init__(self, module: nn.Module, sync_batchnorm: bool) -> None:
         self.module = module
-        self._replicas = Replicas(module, sync_batchnorm, _aliases, alone=False)
+        self._replicas = Replicas(module, sync_batchnorm, _aliases, alone=False, observes=True)
         self._probe = Probe(module)
         self._sync_batchnorm = sync_batchnorm
         self._threads = Threads()
@@ -144,14 +145,18 @@ class LaneRunner:
             before = [version_of(tensor) for tensor in inputs]
             with noise.lane(lane) if noise else nullcontext():
                 output = call.on(replica.module, inputs)
-            return Ran(output, replica.changes(), written_to(inputs, before, call.inputs))
+            written = written_to(inputs, before, call.inputs)
+            return Ran(output, replica.changes(), written, replica.take_observed())
 
         random_state = torch.get_rng_state()
+        keepsakes = Keepsakes(replicas[0].hooks)
         try:
             ran = group.run(work)
         except BaseException:
             self._replicas.forget()
             raise
+        finally:
+            keepsakes.restore()
         if noise:
             noise.end()
             self._draws[state] = noise.drawn

@@ -91,7 +91,7 @@ class LocalRunner:
         quiet = quiet_compiler() if tree.is_compiled else nullcontext()
         with running(rank if meets else None), quiet:
             output = call.on(replica.module, [_some_rows(x) for x in call.inputs])
-        ran = Ran(output, replica.changes(), {})
+        ran = Ran(output, replica.changes(), {}, [])
         tensors = tensors_of(ran.nest)
         replica.boundary = BOUNDARY
         replica.check_outs(tensors)
@@ -151,6 +151,7 @@ class LocalRunner:
                 self._sync_batchnorm,
                 lambda parameters, _: self._go_in(rank, parameters),
                 alone=True,
+                observes=False,
             )
         self._replicas[key] = replicas  # now the last
         if len(self._replicas) > _MOST_SPLITS:

@@ -16,6 +16,7 @@ from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call
 from .internals import version_of
+from .observers import Observation
 from .replica import Change, Replica
 from .tree import Place, Tree
 
@@ -78,16 +79,19 @@ class Ran:
         output: what it returned.
         changes: what it set on its modules.
         inputs: which inputs it wrote to in place, and what they became.
+        observed: what forward hooks have seen.
     """
 
     output: Nest
     changes: dict[Place, Change]
     inputs: dict[int, Tensor]
+    observed: list[Observation]
 
     @property
     def nest(self) -> Nest:
         """All of it."""
-        return self.output, [change.value for change in self.changes.values()], self.inputs
+        changed = [change.value for change in self.changes.values()]
+        return self.output, changed, self.inputs, [each.seen for each in self.observed]
 
     def coming_out(self, call: Call, rows: int, weight: float) -> Iterator[tuple[Tensor, Move]]:
         """The tensors of `nest`, in order, each with the way it comes out.
@@ -117,6 +121,12 @@ class Ran:
                     yield leaf, "mean"
         for leaf in self.inputs.values():
             yield leaf, "gather"
+        for each in self.observed:
+            for path, leaf in leaves_of(each.seen):
+                if isinstance(leaf, Tensor):
+                    name = type(each.module).__name__
+                    move = move_out(leaf, rows, f"What a forward hook of {name} sees, {path},")
+                    yield leaf * weight if move == "sum" else leaf, move
 
     def whole(self, call: Call, replica: Replica, wholes: Sequence[Tensor | None]) -> Nest:
         """The output of the whole batch, once everything else has been handed back.
@@ -126,12 +136,14 @@ class Ran:
             replica: of the original, which `changes` are handed back to.
             wholes: what the tensors of `nest` have become.
         """
-        output, values, inputs = with_tensors(self.nest, wholes)
+        output, values, inputs, seen = with_tensors(self.nest, wholes)
         pairs = zip(self.changes.items(), values, strict=True)
         replica.hand_back({place: replace(change, value=v) for (place, change), v in pairs})
         originals = call.inputs
         for i, value in inputs.items():
             originals[i].copy_(value)
+        for each, whole in zip(self.observed, seen, strict=True):
+            each.repeat(whole)
         return output
 
 
@@ -150,6 +162,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         ValueError, TypeError: they have returned what cannot be put together.
     """
     check_alike([mine.output for mine in ran], f"The output of {call.method!r}")
+    check_alike([[o.seen for o in mine.observed] for mine in ran], "What forward hooks see")
     seen = [[signature(tensor) for tensor in inputs] for inputs in taken] if ran[0].changes else []
     places = [
         place
@@ -170,6 +183,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
             mine.output,
             {p: replace(mine.changes[p], is_rows=p in rows) for p in places},
             {i: inputs[i] for i in written},
+            mine.observed,
         )
         for mine, inputs in zip(ran, taken, strict=True)
     ]

@@ -79,7 +79,7 @@ class Probe:
     def __init__(self, module: nn.Module) -> None:
         self._module = module
         self._calls: Counter[tuple[str, bool]] = Counter()
-        self._replicas = Replicas(module, False, _aliases, alone=False)
+        self._replicas = Replicas(module, False, _aliases, alone=False, observes=False)
 
     def expect(self, call: Call) -> Expected | None:
         """What `call` should give; None where that is not to be looked at, or cannot be."""

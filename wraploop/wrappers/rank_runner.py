@@ -17,6 +17,7 @@ from .border import Move
 from .call import Call
 from .internals import depends_on, quiet_compiler, version_of
 from .noise import own_noise
+from .observers import Keepsakes
 from .outputs import (
     Ran,
     carried_moves,
@@ -49,7 +50,7 @@ class RankRunner:
         self._channel = channel
         self._name = type(module).__name__
         self._probe = Probe(module) if sync_batchnorm else None
-        self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True)
+        self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
     def run(self, call: Call, rows: int) -> Nest:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
@@ -85,15 +86,18 @@ class RankRunner:
         replica.carry({place: part for place, _, (part,) in carried})
 
         # Run
+        keepsakes = Keepsakes(replica.hooks)
         before = [version_of(part) for part in taken]
         quiet = quiet_compiler() if tree.is_compiled else nullcontext()
         with running(rank), own_noise(self._channel.rank) as noise, quiet:
             output = call.on(replica.module, taken)
+        keepsakes.restore()
         rank.drew = noise.drew
         ran = Ran(
             output,
             self._agreed(replica.changes(), taken, rank, total),
             written_to(taken, before, inputs),
+            replica.take_observed(),
         )
         check_alike([output], f"The output of {call.method!r}")
 

@@ -31,6 +31,7 @@ from torch.nn.utils import parametrize
 from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
 from .internals import variables_behind, version_of
+from .observers import Observation, Observer, is_users
 from .tree import (
     EXECUTION,
     Place,
@@ -107,9 +108,12 @@ class Replica:
         buffers: what it has instead of each of the tree's buffers.
         rows: see below; added to when the forward leaves such a tensor.
         sync: whether batch norms in the copy use the statistics of the whole batch.
+        observes: whether what its forward hooks see is taken down.
 
     Attributes:
         module: the copy.
+        observed: that.
+        hooks: those of the user's.
         leaves: as given.
         tokens: what the outputs must depend on.
         rows: the places in which forwards leave tensors with a row for each row of the batch.
@@ -128,6 +132,7 @@ class Replica:
         buffers: list[Tensor],
         rows: set[Place],
         sync: bool,
+        observes: bool,
     ) -> None:
         self.leaves = leaves
         self.rows = rows
@@ -137,6 +142,9 @@ class Replica:
         self._tree = tree
         self._buffers = buffers
         self._sync = sync
+        self._observes = observes
+        self.observed: list[Observation] = []
+        self.hooks: list[Callable[..., Any]] = []
         self._modules: list[tuple[nn.Module, nn.Module]] = []
         self._memo: dict[int, Any] = {}
         olds, news = [*tree.parameters, *tree.buffers], [*leaves, *buffers]
@@ -220,11 +228,25 @@ class Replica:
         for name, value in module.__dict__.items():
             if name == EXECUTION:
                 continue
+            if name == "_forward_hooks" and value and self._observes:
+                copy.__dict__[name] = self._copy_hooks(module, value)
+                continue
             copied = self._copy(value)
             if copied is value and is_own_container(name, value):
                 copied = value.copy()
             copy.__dict__[name] = copied
         return copy
+
+    def _copy_hooks(self, module: nn.Module, hooks: dict[int, Any]) -> dict[int, Any]:
+        """Forward hooks, the user's among them under observation."""
+        copies = OrderedDict()
+        for number, hook in hooks.items():
+            copy = self._copy(hook)
+            if copy is hook and is_users(hook):
+                self.hooks.append(hook)
+                copy = Observer(hook, module, self.observed)
+            copies[number] = copy
+        return copies
 
     def carry(self, parts: dict[Place, Tensor]) -> None:
         """Puts this shard's parts of what earlier forwards have left in their places."""
@@ -257,6 +279,12 @@ class Replica:
                     is_rows = place in self._carried and place in self.rows
                     found[place] = Change(value, first, is_buffer, is_rows=is_rows)
         return found
+
+    def take_observed(self) -> list[Observation]:
+        """What forward hooks have seen in the last forward."""
+        observed = list(self.observed)
+        self.observed.clear()
+        return observed
 
     def hand_back(self, changes: dict[Place, Change]) -> None:
         """Sets `changes` on the original's modules."""
@@ -326,7 +354,8 @@ def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
         return cls
     # `parametrize.cached()` would keep one weight for all copies
     own = {name: _uncached(name, getattr(cls, name).fset) for name in module.parametrizations}  # pyright: ignore
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, **own})
+    bases: Any = (cls,)
+    return type(cls.__name__, bases, {"__module__": cls.__module__, **own})
 
 
 def _uncached(name: str, setter: Any) -> property:

@@ -26,6 +26,7 @@ class Replicas:
         make_leaves: makes, of the parameters and a device, what a replica there has instead, and
             tokens that its outputs must depend on.
         alone: whether there is one replica only, and not one for each of several lanes.
+        observes: whether replicas take down what forward hooks see.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class Replicas:
         ],
         *,
         alone: bool,
+        observes: bool,
     ) -> None:
         self._original = original
         self._sync = sync
         self._make_leaves = make_leaves
         self._alone = alone
+        self._observes = observes
         self._rows: set[Place] = set()
         self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
@@ -76,7 +79,9 @@ class Replicas:
             buffer if id(buffer) in kept else buffer.detach().to(device, copy=True)
             for buffer in tree.buffers
         ]
-        replica = Replica(self._original, tree, leaves, buffers, self._rows, self._sync)
+        replica = Replica(
+            self._original, tree, leaves, buffers, self._rows, self._sync, self._observes
+        )
         replica.tokens = tokens
         return replica
 

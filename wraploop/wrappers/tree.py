@@ -56,6 +56,7 @@ class Tree:
         for module in root.modules():
             own = module.__dict__
             self._contents.append((own, items(own)))
+            self._contents.append((module._forward_hooks, items(module._forward_hooks)))
             tables = [value for name, value in own.items() if is_own_container(name, value)]
             self._contents += [(table, items(table)) for table in tables]
             held = [(name, value) for name, value in own.items() if isinstance(value, Tensor)]

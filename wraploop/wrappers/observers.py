@@ -1,0 +1,112 @@
+"""Forward hooks that look at activations and keep them where the wrapper cannot see.
+
+Inside, such a hook sees one shard's rows. So it is called there, for what it may do to the forward,
+and what it has kept is forgotten; then it is called once more, with the whole batch's activations,
+which come out of the border as outputs do.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+_CONTAINERS = (list, dict, OrderedDict, set, deque)
+_DEPTH = 4
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What a forward hook, which has changed nothing, has seen.
+
+    Attributes:
+        hook: the hook.
+        module: the original's module that it is on.
+        seen: arguments and output, as it was called with.
+    """
+
+    hook: Callable[..., Any]
+    module: nn.Module
+    seen: tuple[Any, ...]
+
+    def repeat(self, seen: tuple[Any, ...]) -> None:
+        """Calls the hook with other activations."""
+        self.hook(self.module, *seen)
+
+
+class Observer:
+    """Stands for a forward hook in a copy of a module, and takes down what it sees.
+
+    Args:
+        hook: the hook.
+        module: the original's module that it is on.
+        log: where to take it down.
+    """
+
+    def __init__(self, hook: Callable[..., Any], module: nn.Module, log: list[Observation]) -> None:
+        self.hook = hook
+        self.module = module
+        self.log = log
+
+    def __call__(self, copy: nn.Module, *seen: Any) -> Any:
+        """The hook's own answer."""
+        result = self.hook(copy, *seen)
+        if result is None:
+            self.log.append(Observation(self.hook, self.module, seen))
+        return result
+
+
+class Keepsakes:
+    """What hooks hold in containers, to be as it is now again."""
+
+    def __init__(self, hooks: list[Callable[..., Any]]) -> None:
+        found = {id(c): c for hook in hooks for c in _containers(hook, _DEPTH)}
+        self._kept = [(container, container.copy()) for container in found.values()]
+
+    def restore(self) -> None:
+        """Makes it so."""
+        for container, kept in self._kept:
+            container.clear()
+            if isinstance(container, (list, deque)):
+                container.extend(kept)
+            else:
+                container.update(kept)
+
+
+def is_users(hook: Callable[..., Any]) -> bool:
+    """Whether a user has put `hook` on a module, and not torch."""
+    module = getattr(hook, "__module__", None) or type(hook).__module__
+    return not module.startswith("torch.")
+
+
+def _containers(value: Any, depth: int) -> Iterator[Any]:
+    """The containers that `value`, a hook, may keep things in."""
+    if depth == 0 or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
+        return
+    if isinstance(value, _CONTAINERS):
+        yield value
+        children = list(value.values()) if isinstance(value, dict) else list(value)
+    elif isinstance(value, FunctionType):
+        cells = [_contents(cell) for cell in value.__closure__ or ()]
+        named = [value.__globals__.get(name) for name in value.__code__.co_names]
+        children = [*cells, *(child for child in named if isinstance(child, _CONTAINERS))]
+    elif isinstance(value, MethodType):
+        children = [value.__self__]
+    elif isinstance(value, partial):
+        children = [value.func, *value.args, *value.keywords.values()]
+    else:
+        children = [vars(value)] if hasattr(value, "__dict__") else []
+    for child in children:
+        yield from _containers(child, depth - 1)
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not yet assigned
+        return None
