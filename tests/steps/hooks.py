@@ -191,6 +191,7 @@ class Recorder:
     """Keeps what its hooks see, as tools that look into models do."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.features: list[torch.Tensor] = []
         self.means: dict[str, torch.Tensor] = {}
         layers = [(n, layer) for n, layer in model.named_modules() if isinstance(layer, nn.Tanh)]

@@ -149,7 +149,7 @@ class LaneRunner:
             return Ran(output, replica.changes(), written, replica.take_observed())
 
         random_state = torch.get_rng_state()
-        keepsakes = Keepsakes(replicas[0].hooks)
+        keepsakes = Keepsakes([hook for replica in replicas for hook in replica.hooks])
         try:
             ran = group.run(work)
         except BaseException:

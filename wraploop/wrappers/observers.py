@@ -43,19 +43,29 @@ class Observer:
     """Stands for a forward hook in a copy of a module, and takes down what it sees.
 
     Args:
+        inside: the hook, or a copy of it that reaches the copy's modules.
         hook: the hook.
         module: the original's module that it is on.
         log: where to take it down.
     """
 
-    def __init__(self, hook: Callable[..., Any], module: nn.Module, log: list[Observation]) -> None:
+    __slots__ = ("hook", "inside", "log", "module")  # no part of what is copied with a module
+
+    def __init__(
+        self,
+        inside: Callable[..., Any],
+        hook: Callable[..., Any],
+        module: nn.Module,
+        log: list[Observation],
+    ) -> None:
+        self.inside = inside
         self.hook = hook
         self.module = module
         self.log = log
 
     def __call__(self, copy: nn.Module, *seen: Any) -> Any:
         """The hook's own answer."""
-        result = self.hook(copy, *seen)
+        result = self.inside(copy, *seen)
         if result is None:
             self.log.append(Observation(self.hook, self.module, seen))
         return result
@@ -78,10 +88,12 @@ class Keepsakes:
                 container.update(kept)
 
 
-def is_users(hook: Callable[..., Any]) -> bool:
-    """Whether a user has put `hook` on a module, and not torch."""
+def is_observer(hook: Callable[..., Any], inside: Callable[..., Any]) -> bool:
+    """Whether `hook` may keep things outside of the module, where `inside` is its copy."""
     module = getattr(hook, "__module__", None) or type(hook).__module__
-    return not module.startswith("torch.")
+    if module.startswith("torch."):
+        return False
+    return inside is hook or next(_containers(hook, _DEPTH), None) is not None
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:
@@ -97,6 +109,8 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
         children = [*cells, *(child for child in named if isinstance(child, _CONTAINERS))]
     elif isinstance(value, MethodType):
         children = [value.__self__]
+    elif isinstance(value, Observer):
+        children = [value.log, value.inside, value.hook]
     elif isinstance(value, partial):
         children = [value.func, *value.args, *value.keywords.values()]
     else:

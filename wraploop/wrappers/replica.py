@@ -17,11 +17,9 @@ changes on its modules is found by `changes` and handed back to the original by 
 
 from __future__ import annotations
 
-import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -30,8 +28,9 @@ from torch.nn.utils import parametrize
 
 from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
+from .copies import Copies
 from .internals import variables_behind, version_of
-from .observers import Observation, Observer, is_users
+from .observers import Observation, Observer, is_observer
 from .tree import (
     EXECUTION,
     Place,
@@ -39,7 +38,6 @@ from .tree import (
     attributes,
     is_own_container,
     is_quiet,
-    items,
     mark_rows,
     same,
 )
@@ -113,7 +111,7 @@ class Replica:
     Attributes:
         module: the copy.
         observed: that.
-        hooks: those of the user's.
+        hooks: those that may keep what they see outside of the module.
         leaves: as given.
         tokens: what the outputs must depend on.
         rows: the places in which forwards leave tensors with a row for each row of the batch.
@@ -149,7 +147,8 @@ class Replica:
         self._memo: dict[int, Any] = {}
         olds, news = [*tree.parameters, *tree.buffers], [*leaves, *buffers]
         self._memo.update((id(old), new) for old, new in zip(olds, news, strict=True))
-        self.module: nn.Module = self._copy(original)
+        self._copies = Copies(self._memo, self._copy_module)
+        self.module: nn.Module = self._copy_module(original)
         self._made = [attributes(copy) for _, copy in self._modules]
         self._taken_over = [version_of(buffer) for buffer in tree.buffers]
         self._before = [version_of(copy) for copy in buffers]
@@ -174,53 +173,6 @@ class Replica:
                 copy.copy_(buffer)
             self._taken_over[i], self._before[i] = version_of(buffer), version_of(copy)
 
-    def _copy(self, value: Any) -> Any:
-        """A copy of `value` where it holds modules, parameters or buffers, else `value` itself."""
-        if id(value) in self._memo:
-            return self._memo[id(value)]
-        if isinstance(value, nn.Module):
-            return self._copy_module(value)
-        if type(value) in (list, tuple, set, frozenset):
-            return self._same_or(value, lambda: type(value)([self._copy(v) for v in value]))
-        if type(value) in (dict, OrderedDict):
-            return self._same_or(
-                value, lambda: type(value)((k, self._copy(v)) for k, v in value.items())
-            )
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return self._same_or(value, lambda: type(value)(*map(self._copy, value)))
-        if isinstance(value, FunctionType):
-            return self._copy_function(value)
-        if isinstance(value, MethodType):
-            bound = self._copy(value.__self__)
-            return value if bound is value.__self__ else MethodType(value.__func__, bound)
-        if type(value) is functools.partial:
-            parts = [self._copy(part) for part in (value.func, *value.args)]
-            return functools.partial(*parts, **self._copy(value.keywords))
-        return value
-
-    def _copy_function(self, value: FunctionType) -> FunctionType:
-        """`value` itself, or one that has copies where `value` has closed over modules."""
-        self._memo[id(value)] = value  # it may have closed over itself
-        held = [_cell_contents(cell) for cell in value.__closure__ or ()]
-        copies = [self._copy(content) for content in held]
-        if same(held, copies):
-            return value
-        cells = tuple(map(CellType, copies))
-        copy = FunctionType(
-            value.__code__, value.__globals__, value.__name__, value.__defaults__, cells
-        )
-        copy.__kwdefaults__ = value.__kwdefaults__
-        self._memo[id(value)] = copy
-        return copy
-
-    def _same_or(self, value: Any, copied: Callable[[], Any]) -> Any:
-        self._memo[id(value)] = value  # a container may hold itself
-        copy = copied()
-        if same(items(value), items(copy)):
-            return value
-        self._memo[id(value)] = copy
-        return copy
-
     def _copy_module(self, module: nn.Module) -> nn.Module:
         copy = object.__new__(_class_for(module, self._sync))
         self._memo[id(module)] = copy
@@ -231,7 +183,7 @@ class Replica:
             if name == "_forward_hooks" and value and self._observes:
                 copy.__dict__[name] = self._copy_hooks(module, value)
                 continue
-            copied = self._copy(value)
+            copied = self._copies.of(value)
             if copied is value and is_own_container(name, value):
                 copied = value.copy()
             copy.__dict__[name] = copied
@@ -241,11 +193,10 @@ class Replica:
         """Forward hooks, the user's among them under observation."""
         copies = OrderedDict()
         for number, hook in hooks.items():
-            copy = self._copy(hook)
-            if copy is hook and is_users(hook):
-                self.hooks.append(hook)
-                copy = Observer(hook, module, self.observed)
-            copies[number] = copy
+            inside = copies[number] = self._copies.of(hook)
+            if is_observer(hook, inside):
+                self.hooks += [hook, inside]
+                copies[number] = Observer(inside, hook, module, self.observed)
         return copies
 
     def carry(self, parts: dict[Place, Tensor]) -> None:
@@ -362,13 +313,6 @@ def _uncached(name: str, setter: Any) -> property:
     return property(lambda module: module.parametrizations[name](), setter)
 
 
-def _cell_contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet assigned
-        return None
-
-
 def _written_to(
     module: nn.Module, copy: nn.Module, written: set[int]
 ) -> Iterator[tuple[Place, Change]]:
@@ -388,6 +332,6 @@ _LEAKED = (
 
 _BYPASSED = (
     "The module's forward reaches a parameter ({}) by a way that a copy of the module does not "
-    "follow (an object, a weak reference or a global that holds the module), so its gradient would "
-    "be wrong. Reach it through attributes, lists, dicts, functions or methods of the module."
+    "follow (a global, a proxy or an object without `__dict__` that holds the module), so its "
+    "gradient would be wrong. Reach it through attributes of the module, or what they hold."
 )

@@ -1,0 +1,140 @@
+"""Copies of what holds a module's parts: containers, functions, objects.
+
+A replica's modules must reach the replica's other modules and tensors wherever the originals reach
+theirs: through attributes, lists, closures, bound methods, objects of the user's. Whatever leads to
+none of them is not copied, but is the same object in every replica.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections import deque
+from collections.abc import Callable
+from types import CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
+_OPAQUE = ("torch", "builtins", "logging", "threading", "numpy", "weakref")  # whose objects are
+_MOST = 20_000  # things that are looked at before giving up
+
+
+class Copies:
+    """What replaces what.
+
+    Args:
+        replaced: by the original's id, what stands for it in the replica.
+        copy_module: makes a copy of a module, and puts it into `replaced` before its parts.
+    """
+
+    def __init__(
+        self, replaced: dict[int, Any], copy_module: Callable[[nn.Module], nn.Module]
+    ) -> None:
+        self._replaced = replaced
+        self._copy_module = copy_module
+        self._leads_nowhere: set[int] = set()
+
+    def of(self, value: Any) -> Any:
+        """What stands for `value` in the replica: itself, unless it leads to the original's parts.
+
+        Args:
+            value: anything.
+        """
+        if id(value) in self._replaced:
+            return self._replaced[id(value)]
+        if isinstance(value, nn.Module):
+            return self._copy_module(value)
+        return self._rebuilt(value) if self._leads(value) else value
+
+    def _leads(self, value: Any) -> bool:
+        """Whether one gets from `value` to a module, or to something replaced."""
+        seen: set[int] = set()
+        left = [value]
+        while left and len(seen) < _MOST:
+            value = left.pop()
+            if id(value) in self._replaced or isinstance(value, nn.Module):
+                return True
+            if isinstance(value, _ATOMS) or id(value) in seen or id(value) in self._leads_nowhere:
+                continue
+            seen.add(id(value))
+            left += _parts(value)
+        self._leads_nowhere |= seen
+        return False
+
+    def _rebuilt(self, value: Any) -> Any:
+        """A thing like `value`, made of what stands for its parts."""
+        if isinstance(value, tuple):
+            parts = map(self.of, value)
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if isinstance(value, frozenset):
+            return type(value)(map(self.of, value))
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, self.of(value.__self__))
+        if isinstance(value, functools.partial):
+            args, keywords = self.of(value.args), self.of(value.keywords)
+            return functools.partial(self.of(value.func), *args, **keywords)
+        if isinstance(value, weakref.ref):
+            return weakref.ref(self.of(value()))
+        if isinstance(value, FunctionType):
+            return self._function(value)
+        if isinstance(value, (list, set, deque, dict)):
+            return self._container(value)
+        try:
+            new = copy.copy(value)
+        except TypeError:  # an object that cannot be copied, which is noticed if it matters
+            return value
+        self._replaced[id(value)] = new
+        vars(new).update([(name, self.of(part)) for name, part in vars(value).items()])
+        return new
+
+    def _container(self, value: Any) -> Any:
+        new = self._replaced[id(value)] = copy.copy(value)  # which it may contain
+        if isinstance(value, dict):
+            new.update([(key, self.of(part)) for key, part in value.items()])
+            return new
+        parts = [self.of(part) for part in value]
+        new.clear()
+        new.update(parts) if isinstance(value, set) else new.extend(parts)
+        return new
+
+    def _function(self, value: FunctionType) -> FunctionType:
+        cells = tuple(CellType() for _ in value.__closure__ or ())
+        new = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
+        self._replaced[id(value)] = new
+        for cell, old in zip(cells, value.__closure__ or (), strict=True):
+            if _is_assigned(old):
+                cell.cell_contents = self.of(old.cell_contents)
+        new.__defaults__ = self.of(value.__defaults__)
+        new.__kwdefaults__ = self.of(value.__kwdefaults__)
+        new.__dict__.update(value.__dict__)
+        return new
+
+
+def _parts(value: Any) -> list[Any]:
+    """What `value` holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, (list, tuple, set, frozenset, deque)):
+        return list(value)
+    if isinstance(value, FunctionType):
+        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_assigned(cell)]
+        return [*cells, value.__defaults__, value.__kwdefaults__]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, functools.partial):
+        return [value.func, value.args, value.keywords]
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if type(value).__module__.partition(".")[0] in _OPAQUE or not hasattr(value, "__dict__"):
+        return []
+    return list(vars(value).values())
+
+
+def _is_assigned(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is cell.cell_contents
+    except ValueError:
+        return False
