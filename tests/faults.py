@@ -91,6 +91,9 @@ def main() -> None:
         attempt(f"after {name}", lambda: model(x).sum().backward())
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
     attempt("no coming", lambda: model(x) if RANK == 0 else time.sleep(5))
+    if RANK:
+        raise ValueError("which ends the script")
+    attempt("an end", lambda: model(x))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def got():
         text=True,
         timeout=120,
     )
-    assert done.returncode == 0, done.stderr
+    assert "ValueError: which ends the script" in done.stderr, done.stderr
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for line in done.stdout.splitlines():
         rank, name, seconds, text = line.split("|", 3)
@@ -61,3 +61,8 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(g
     seconds, text = got["no coming"][0]
     assert re.search(r"Rank 0 has waited 3.*rank 1 did not come; it is at .*faults.py:\d+", text)
     assert 2 < seconds < 8
+
+
+def test_an_exception_that_ends_one_process_is_told_to_the_others(got):
+    _, text = got["an end"][0]
+    assert re.search("PeerError Rank 1 failed.*ValueError: which ends the script", text), text

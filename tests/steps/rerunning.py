@@ -209,3 +209,14 @@ def compiled_wrapper(m, o, k):
     if not k:
         m.net.compile(backend="eager")
     update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+
+@step(net=lambda: nn.Linear(3, 2))
+def a_step_ahead_with_the_models_own_parameters(m, o, k):
+    x = randn(k, 7, 3)
+    parameters = dict(m.net.named_parameters())
+    grads = torch.autograd.grad(m.net(x).square().mean(), [*parameters.values()], create_graph=True)
+    ahead = {n: p - 0.1 * g for (n, p), g in zip(parameters.items(), grads, strict=True)}
+    out = torch.func.functional_call(m.net, ahead, (x,))
+    update(o.net, out.square().mean())
+    return out, list(m.net.state_dict())

@@ -10,6 +10,7 @@ where the batch is scattered, with the weight at that border: see `ranks.py`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Literal
@@ -25,12 +26,13 @@ from .border import Move
 from .call import Call
 from .internals import quiet_compiler
 from .noise import random_fingerprint
-from .outputs import Ran
+from .outputs import Ran, signature
 from .ranks import BOUNDARY, Rank, depending, go_in
 from .replicas import Replicas
 from .shard import note, running
 
 _MOST_SPLITS = 4
+_FEW_NUMBERS, _FEW_INDICES = 4, 64  # of which two processes may have the same by chance
 
 Reduction = Literal["mean", "sum"]
 
@@ -122,13 +124,10 @@ class LocalRunner:
         if names:
             which = list(names)[self._calls % len(names)]
             self._channel.agree(f"parameter {which!r}", [fingerprint(names[which])], _DIVERGED)
-        batched = [x for x in call.inputs if not is_shared(x)]
         random = random_fingerprint()
         drew, self._random = random != self._random, random
-        mine = torch.tensor(
-            [1 if rows is None else rows, sum(map(fingerprint, batched)), random, drew],
-            dtype=torch.float64,
-        )
+        told = [1 if rows is None else rows, _fingerprint_of_batch(call.inputs), random, drew]
+        mine = torch.tensor(told, dtype=torch.float64)
         mode = "training" if self.module.training else "evaluation"
         accumulating = "" if self._synced else ", no_sync"
         said = self._channel.exchange(f"run {name} ({mode}{accumulating})", pack(mine))
@@ -196,6 +195,14 @@ def _some_rows(tensor: Tensor) -> Tensor:
     if is_shared(tensor) or len(tensor):
         return tensor
     return torch.cat([tensor, zeros_like_rows(tensor, 1)])
+
+
+def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
+    """A number that processes share if they pass the same batch; NaN if all might by chance."""
+    fewest = {x: _FEW_NUMBERS if x.is_floating_point() else _FEW_INDICES for x in inputs}
+    telling = [x for x in inputs if not is_shared(x) and x.numel() >= fewest[x]]
+    known = [number for number in map(signature, telling) if not math.isnan(number)]
+    return sum(known) if known else math.nan
 
 
 _DIVERGED = (

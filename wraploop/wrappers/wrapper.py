@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import Self
 
 from .batch import Nest, tensors_of
@@ -119,6 +119,8 @@ class ModelWrapper(nn.Module):
         inner = self.__dict__.get("_modules", {}).get("module")
         if inner is None or name in _own_names(self.__class__):
             super().__setattr__(name, value)
+        elif isinstance(value, Tensor) and name in inner._parameters:
+            inner._parameters[name] = value  # as torch.func.functional_call does with a module's
         else:
             setattr(inner, name, value)
 
