@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from wraploop import DistributedModel, processes
@@ -90,7 +91,8 @@ def main() -> None:
         attempt(name, fault)
         attempt(f"after {name}", lambda: model(x).sum().backward())
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
-    attempt("no coming", lambda: model(x) if RANK == 0 else time.sleep(5))
+    apart = DistributedModel(nn.Linear(3, 1), process_group=dist.new_group(), timeout_s=3)
+    attempt("no coming", lambda: apart(x) if RANK == 0 else time.sleep(5))
     if RANK:
         raise ValueError("which ends the script")
     attempt("an end", lambda: model(x))
