@@ -27,7 +27,8 @@ from .call import Call
 from .internals import quiet_compiler
 from .noise import random_fingerprint
 from .outputs import Ran, signature
-from .ranks import BOUNDARY, Rank, depending, go_in
+from .rank import Rank
+from .ranks import BOUNDARY, depending, go_in
 from .replicas import Replicas
 from .shard import note, running
 

@@ -29,7 +29,8 @@ from .outputs import (
     written_to,
 )
 from .probe import Probe
-from .ranks import ALL_PASS_ALL, BOUNDARY, Rank, come_out, go_in
+from .rank import Rank
+from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in
 from .replica import Change
 from .replicas import Replicas
 from .shard import note, running

@@ -1,0 +1,197 @@
+"""A rank's shard of a batch, and putting together what all ranks have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wraploop.processes.channel import Channel
+from wraploop.processes.packing import pack, size_of, unpack, unpack_sparse
+
+from .batch import zeros_like_rows
+from .border import Move, weighted_mean
+from .shard import Shard
+
+_SMALL = 1 << 14  # bytes, up to which a sum is taken from everyone's terms in one exchange
+_USED, _DIFFERENTIABLE, _SPARSE = 1, 2, 4
+
+
+class Rank(Shard):
+    """This process's shard of one batch.
+
+    Args:
+        channel: the way to the other processes.
+        counts: how many rows of the batch each rank has; for what is not batched, 0.
+        name: what is run, for errors.
+        loss_weight: see `Shard`.
+        synced: whether derivatives are summed over the ranks, or stay each rank's own.
+        unsynced: the ids of leaves whose `.grad` holds what was not summed.
+
+    Attributes:
+        rows: how many rows are this rank's own.
+        size: how many it runs: one, borrowed, if none is its own.
+        weight: its share of all rows.
+        drew: whether this rank's module drew random numbers; after coming out, whether any did.
+    """
+
+    drew = False
+
+    def __init__(
+        self,
+        channel: Channel,
+        counts: Sequence[int],
+        name: str,
+        *,
+        loss_weight: float = 1.0,
+        synced: bool = True,
+        unsynced: set[int] | None = None,
+    ) -> None:
+        self.channel = channel
+        self.name = name
+        self.loss_weight = loss_weight
+        self.synced = synced
+        self.unsynced = set() if unsynced is None else unsynced
+        self.counts = list(counts)
+        self.rows = self.counts[channel.rank]
+        self.size = max(1, self.rows)
+        self.weight = self.rows / max(1, sum(self.counts))
+
+    def total(self, tensor: Tensor) -> Tensor:
+        """The sum of all ranks' `tensor`."""
+        doing = f"a statistic of the whole batch {tuple(tensor.shape)} in {self.name}"
+        terms = self.channel.exchange(doing, pack(tensor))
+        return _total([unpack(term, tensor.shape, tensor) for term in terms])
+
+    def take(self, whole: Tensor, move: Move, *, borrow: bool) -> Tensor:
+        """This rank's part of `whole`: its own rows ("scatter"), or all ("share").
+
+        A rank with no rows gets one all the same, so that its graph exists: the first row if it
+        may `borrow`, else a row of zeros.
+        """
+        if move == "share":
+            return whole
+        if self.rows:
+            start = sum(self.counts[: self.channel.rank])
+            return whole.data[start : start + self.rows]  # with a version of its own
+        return whole.data[:1] if borrow else zeros_like_rows(whole, 1)
+
+    @torch.no_grad()
+    def put_together(
+        self, doing: str, parts: Sequence[Tensor | None], moves: Sequence[Move], like: list[Tensor]
+    ) -> tuple[list[Tensor | None], list[bool]]:
+        """Whole tensors from all ranks' parts, not differentiable.
+
+        Args:
+            doing: what this is for.
+            parts: this rank's; None counts as zeros.
+            moves: for each part, "gather" or "sum"; "first" stays on its rank.
+            like: for each part a tensor of its dtype and, but for the rows, its shape.
+
+        Returns:
+            The wholes, None where every rank's part is None; and which of them have a derivative.
+        """
+        apart = self._apart(moves, like)
+        sent = [
+            part[: self.rows] if move == "gather" else part
+            for i, (part, move) in enumerate(zip(parts, moves, strict=True))
+            if part is not None and i not in apart and not part.is_sparse
+        ]
+        own = torch.tensor([self.drew, *map(_flag, parts)], dtype=torch.uint8)
+        doing = f"{doing} of {self.name}"
+        received = self.channel.exchange(doing, torch.cat([own, *map(pack, sent)]))
+        self.drew = any(said[0] for said in received)
+        received = [said[1:] for said in received]
+        flags = torch.stack([said[: len(parts)] for said in received])
+        used, differentiable, sparse = (
+            ((flags & bit) > 0).any(0).tolist() for bit in (_USED, _DIFFERENTIABLE, _SPARSE)
+        )
+
+        wholes: list[Tensor | None] = [
+            _detached(part) if m == "first" else None for part, m in zip(parts, moves, strict=True)
+        ]
+        terms = [self._terms(rank, said, moves, like, apart) for rank, said in enumerate(received)]
+        for i, (move, column) in enumerate(zip(moves, zip(*terms, strict=True), strict=True)):
+            if sparse[i]:
+                wholes[i] = self._sparse_sum(doing, parts[i], like[i])
+            elif used[i] and i not in apart:
+                wholes[i] = self._joined(column, move)
+        sums = [i for i in apart if used[i] and not sparse[i] and moves[i] == "sum"]
+        for i, total in self._sums({i: parts[i] for i in sums}, like):
+            wholes[i] = total
+        return wholes, differentiable
+
+    def _joined(self, parts: Sequence[Tensor], move: Move) -> Tensor:
+        if move == "gather":
+            return torch.cat(list(parts))
+        if move == "sum":
+            return _total(parts)
+        return weighted_mean(parts, [count / max(1, sum(self.counts)) for count in self.counts])
+
+    def _apart(self, moves: Sequence[Move], like: list[Tensor]) -> set[int]:
+        """What is not sent to everyone: what stays here, and sums large enough to be reduced."""
+        sums = [i for i, move in enumerate(moves) if move == "sum"]
+        large = sum(size_of(like[i].shape, like[i]) for i in sums) > _SMALL
+        return {i for i, move in enumerate(moves) if move == "first" or (move == "sum" and large)}
+
+    def _terms(
+        self, rank: int, said: Tensor, moves: Sequence[Move], like: list[Tensor], apart: set[int]
+    ) -> list[Tensor]:
+        """The parts that `rank` has sent; zeros for those that it has not."""
+        terms = []
+        start = len(moves)
+        rows = self.counts[rank]
+        for i, (move, model) in enumerate(zip(moves, like, strict=True)):
+            shape = (rows, *model.shape[1:]) if move == "gather" else model.shape
+            if i in apart:
+                terms.append(model)
+            elif said[i] & _USED and not said[i] & _SPARSE:
+                end = start + size_of(shape, model)
+                terms.append(unpack(said[start:end], shape, model))
+                start = end
+            else:
+                terms.append(model.new_zeros(shape))
+        return terms
+
+    def _sparse_sum(self, doing: str, part: Tensor | None, like: Tensor) -> Tensor:
+        """The sum of sparse parts, sparse."""
+        nothing = torch.empty(0, dtype=torch.uint8)
+        packed = self.channel.exchange(f"{doing}, sparse", nothing if part is None else pack(part))
+        return _total([unpack_sparse(said, like) for said in packed if len(said)]).coalesce()
+
+    def _sums(
+        self, parts: dict[int, Tensor | None], like: list[Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The sums of large parts, all of one dtype at once."""
+        kinds: dict[Any, list[int]] = {}
+        for i in sorted(parts):
+            kinds.setdefault((like[i].dtype, like[i].device), []).append(i)
+        for indices in kinds.values():
+            dense = [
+                (torch.zeros_like(like[i]) if (part := parts[i]) is None else part).reshape(-1)
+                for i in indices
+            ]
+            flat = self.channel.sum(torch.cat(dense))
+            totals = flat.split([like[i].numel() for i in indices])
+            yield from ((i, t.view_as(like[i])) for i, t in zip(indices, totals, strict=True))
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    """The sum of the ranks' terms, in the order of ranks."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+def _detached(part: Tensor | None) -> Tensor | None:
+    return None if part is None else part.detach()
+
+
+def _flag(part: Tensor | None) -> int:
+    if part is None:
+        return 0
+    flag = _USED | (_DIFFERENTIABLE if part.requires_grad else 0)
+    return flag | (_SPARSE if part.is_sparse else 0)
