@@ -19,7 +19,7 @@ from .call import Call
 from .noise import kept_random_state
 from .outputs import Ran
 from .replicas import Replicas, alias
-from .shard import current, running
+from .shard import current, unsplit
 from .tree import Place
 
 
@@ -63,9 +63,11 @@ class Expected:
         mine, whole = mine.detach().to(whole.device), whole.detach()
         if mine.is_sparse or whole.is_sparse or not whole.numel():
             return True
-        both = whole.isfinite() & mine.isfinite()
-        off = (mine - whole).abs().where(both, 0.0).max()
-        scale = whole.abs().where(both, 0.0).max()
+        finite = whole.isfinite()
+        if not torch.equal(finite, mine.isfinite()):
+            return False
+        off = (mine - whole).abs().where(finite, 0.0).max()
+        scale = whole.abs().where(finite, 0.0).max()
         return bool(off <= self.precision * (scale + self.precision))
 
 
@@ -88,7 +90,7 @@ class Probe:
         count = self._calls[kind]
         if count & (count - 1) or current() is not None or not _is_free_of_effects(self._module):
             return None
-        with kept_random_state() as noise, torch.no_grad(), running(None):
+        with kept_random_state() as noise, torch.no_grad(), unsplit():
             try:
                 _, (replica,) = self._replicas.get([None])
                 output = call.on(replica.module, [x.detach().clone() for x in call.inputs])

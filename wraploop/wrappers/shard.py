@@ -57,6 +57,21 @@ def running(shard: Shard | None) -> Iterator[None]:
         _local.shard = before
 
 
+@contextmanager
+def unsplit() -> Iterator[None]:
+    """A block in which wrappers in this thread run their modules on whole batches."""
+    _local.is_unsplit = True
+    try:
+        yield
+    finally:
+        _local.is_unsplit = False
+
+
+def is_unsplit() -> bool:
+    """Whether this thread is in an `unsplit` block."""
+    return getattr(_local, "is_unsplit", False)
+
+
 def note(error: BaseException, where: str) -> None:
     """Adds to `error`, whose type stays what it was, in which shard it was raised."""
     text = f"Raised in {where}."

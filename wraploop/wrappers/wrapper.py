@@ -21,6 +21,7 @@ from typing_extensions import Self
 from .batch import Nest, tensors_of
 from .call import Call
 from .internals import not_compiled, own_attributes
+from .shard import is_unsplit
 from .tree import EXECUTION
 
 
@@ -79,6 +80,10 @@ class ModelWrapper(nn.Module):
     def _run(self, call: Call) -> Nest:
         """Makes `call` on the module, on shards of its batch."""
 
+    def _make(self, call: Call) -> Nest:
+        """Makes `call`, on shards unless they are not wanted."""
+        return call.on(self.module) if is_unsplit() else self._run(call)
+
     def _execution(self, make: Callable[[nn.Module, bool], E]) -> E:
         """What this wrapper keeps for running its module, made when there is none for it yet."""
         kept = self.__dict__.get(EXECUTION)
@@ -100,7 +105,7 @@ class ModelWrapper(nn.Module):
         Raises:
             ValueError: inputs disagree about the number of rows, or an output has other rows.
         """
-        return self._run(Call("forward", args, kwargs))
+        return self._make(Call("forward", args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -110,7 +115,7 @@ class ModelWrapper(nn.Module):
                 raise
         value = getattr(self.module, name)
         if name in self.methods:
-            return lambda *args, **kwargs: self._run(Call(name, args, kwargs))
+            return lambda *args, **kwargs: self._make(Call(name, args, kwargs))
         if getattr(value, "__self__", None) is self.module:
             return self._guarded(name, value)
         return value
