@@ -1,6 +1,9 @@
 import copy
+import os
+import signal
 import threading
 import time
+import warnings
 from itertools import pairwise
 
 import pytest
@@ -181,3 +184,16 @@ def test_checkpointing_over_dropout_in_a_lane_is_refused():
     with pytest.raises(NotImplementedError, match="checkpointed part"):
         model(torch.randn(4, 3))
     assert model.eval()(torch.randn(4, 3)).shape == (4, 4)
+
+
+def test_a_forked_process_has_lanes_of_its_own():
+    model = ThreadedCPUParallel(nn.Linear(3, 2), threads=3)
+    model(torch.randn(6, 3)).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        model(torch.randn(6, 3)).sum().backward()
+        os._exit(7)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7

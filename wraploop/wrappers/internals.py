@@ -64,6 +64,12 @@ def _saved_tensors_hooks() -> Any:
         return None
 
 
+def wake_engine() -> None:
+    """Has the autograd engine made, which in a forked process two threads must not do at once."""
+    with torch.inference_mode(False), torch.enable_grad():
+        torch.zeros((), requires_grad=True).square()  # to save a tensor asks the engine
+
+
 def function_modes() -> list[TorchFunctionMode]:
     """The torch-function modes of this thread, for another to enter."""
     modes = _get_current_function_mode_stack()

@@ -7,6 +7,7 @@ stay behind.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -17,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from .internals import as_it_is, function_modes, has_saved_tensors_hooks
+from .internals import as_it_is, function_modes, has_saved_tensors_hooks, wake_engine
 
 T = TypeVar("T")
 
@@ -30,8 +31,14 @@ class Threads:
     """Worker threads that outlive a call. The calling thread does the first piece of work."""
 
     def __init__(self) -> None:
+        self._begin()
+
+    def _begin(self) -> None:
+        """Starts afresh, as also in a forked process, which has none of its parent's threads."""
+        self._process = os.getpid()
         self._workers: list[_Worker] = []
         self._busy = threading.Lock()
+        wake_engine()
 
     def run(self, work: list[Callable[[], T]], operator_threads: int | None) -> list[T]:
         """Does all pieces of work at the same time; the results in order.
@@ -40,6 +47,8 @@ class Threads:
             work: the pieces.
             operator_threads: how many threads each piece's operators may use; None: no limit.
         """
+        if os.getpid() != self._process:
+            self._begin()
         if not self._busy.acquire(blocking=False):  # two steps at once: the second gets its own
             return Threads().run(work, operator_threads)
         before = torch.get_num_threads()
