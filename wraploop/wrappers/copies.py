@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .tree import CONTAINERS, is_plain_object
+
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
-_OPAQUE = ("torch", "builtins", "logging", "threading", "numpy", "weakref")  # whose objects are
 _MOST = 20_000  # things that are looked at before giving up
 
 
@@ -28,6 +29,10 @@ class Copies:
     Args:
         replaced: by the original's id, what stands for it in the replica.
         copy_module: makes a copy of a module, and puts it into `replaced` before its parts.
+
+    Attributes:
+        objects: the objects that have been copied, and their copies.
+        containers: the containers that have been copied, and their copies.
     """
 
     def __init__(
@@ -36,6 +41,18 @@ class Copies:
         self._replaced = replaced
         self._copy_module = copy_module
         self._leads_nowhere: set[int] = set()
+        self.objects: list[tuple[Any, Any]] = []
+        self.containers: list[tuple[Any, Any]] = []
+
+    def own(self, value: Any) -> Any:
+        """A copy of `value`, a container or an object in a module's attribute, wherever it leads.
+
+        Args:
+            value: that; what cannot be copied stays the same object in all replicas.
+        """
+        if id(value) not in self._replaced:
+            return self._object(value) if hasattr(value, "__dict__") else self._container(value)
+        return self._replaced[id(value)]
 
     def of(self, value: Any) -> Any:
         """What stands for `value` in the replica: itself, unless it leads to the original's parts.
@@ -45,7 +62,7 @@ class Copies:
         """
         if id(value) in self._replaced:
             return self._replaced[id(value)]
-        if isinstance(value, nn.Module):
+        if issubclass(type(value), nn.Module):
             return self._copy_module(value)
         return self._rebuilt(value) if self._leads(value) else value
 
@@ -55,7 +72,7 @@ class Copies:
         left = [value]
         while left and len(seen) < _MOST:
             value = left.pop()
-            if id(value) in self._replaced or isinstance(value, nn.Module):
+            if id(value) in self._replaced or issubclass(type(value), nn.Module):
                 return True
             if isinstance(value, _ATOMS) or id(value) in seen or id(value) in self._leads_nowhere:
                 continue
@@ -82,18 +99,30 @@ class Copies:
             return self._function(value)
         if isinstance(value, (list, set, deque, dict)):
             return self._container(value)
+        return self._object(value)
+
+    def _object(self, value: Any) -> Any:
         try:
             new = copy.copy(value)
-        except TypeError:  # an object that cannot be copied, which is noticed if it matters
+        except Exception:  # an object that cannot be copied, which is noticed if it matters
+            return value
+        if new is value:
             return value
         self._replaced[id(value)] = new
-        vars(new).update([(name, self.of(part)) for name, part in vars(value).items()])
+        self.objects.append((value, new))
+        for name, part in vars(value).items():
+            copied = self.of(part)
+            is_own = copied is part and type(part) in CONTAINERS
+            vars(new)[name] = self._container(part) if is_own else copied
         return new
 
     def _container(self, value: Any) -> Any:
         new = self._replaced[id(value)] = copy.copy(value)  # which it may contain
+        self.containers.append((value, new))
         if isinstance(value, dict):
-            new.update([(key, self.of(part)) for key, part in value.items()])
+            pairs = [(self.of(key), self.of(part)) for key, part in value.items()]
+            new.clear()
+            new.update(pairs)
             return new
         parts = [self.of(part) for part in value]
         new.clear()
@@ -116,7 +145,7 @@ class Copies:
 def _parts(value: Any) -> list[Any]:
     """What `value` holds."""
     if isinstance(value, dict):
-        return list(value.values())
+        return [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)
     if isinstance(value, FunctionType):
@@ -128,9 +157,7 @@ def _parts(value: Any) -> list[Any]:
         return [value.func, value.args, value.keywords]
     if isinstance(value, weakref.ref):
         return [value()]
-    if type(value).__module__.partition(".")[0] in _OPAQUE or not hasattr(value, "__dict__"):
-        return []
-    return list(vars(value).values())
+    return list(vars(value).values()) if is_plain_object(value) else []
 
 
 def _is_assigned(cell: CellType) -> bool:

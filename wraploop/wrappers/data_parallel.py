@@ -49,6 +49,7 @@ class DataParallel(ModelWrapper):
         sync_batchnorm: bool = True,
     ) -> None:
         super().__init__(module, methods=methods, sync_batchnorm=sync_batchnorm)
+        self._check_inside()
         self.devices = _all_devices() if device_ids is None else [*map(_device, device_ids)]
         if not self.devices:
             raise ValueError("device_ids names no device; leave it out to use all there are.")

@@ -55,6 +55,7 @@ class DistributedModel(ModelWrapper):
         torch.Size([8, 1])
     """
 
+    speaks = True
     batch: Literal["global", "local"]
     reduction: Reduction
     timeout_s: float

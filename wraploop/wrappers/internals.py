@@ -116,6 +116,12 @@ def own_attributes() -> frozenset[str]:
     return frozenset([*nn.Module().__dict__, *of_the_class])
 
 
+def global_hooks() -> bool:
+    """Whether there are forward hooks on all modules; no, where torch does not say."""
+    tables = ("_global_forward_hooks", "_global_forward_pre_hooks")
+    return any(getattr(nn.modules.module, table, None) for table in tables)
+
+
 def not_compiled(function: F) -> F:
     """`function`, which `torch.compile` leaves alone, with all that it calls.
 

@@ -70,12 +70,13 @@ class LocalRunner:
         if meets:
             counts = self._counts(call, name, rows)
         own = counts[self._channel.rank]
-        weight = own / max(1, sum(counts)) if self._reduction == "mean" else 1.0
+        weight = own / max(1, sum(counts)) if self._reduction == "mean" else float(own > 0)
         rank = Rank(
             self._channel,
             counts,
             name,
             loss_weight=weight,
+            is_local=True,
             synced=self._synced,
             unsynced=self._unsynced,
         )
@@ -207,8 +208,9 @@ def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
 
 
 _DIVERGED = (
-    "It has had another gradient: with batch='local' a parameter's gradients are brought together "
-    "where the wrapper runs it, not where `wrapper.module` or the loss uses it."
+    "It has been updated otherwise: by a gradient that was not brought together (of a use through "
+    "`wrapper.module`, or in the loss), or as a process's own loss had it (a scheduler, a line "
+    "search)."
 )
 
 _SAME_BATCH = (

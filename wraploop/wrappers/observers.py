@@ -88,12 +88,21 @@ class Keepsakes:
                 container.update(kept)
 
 
-def is_observer(hook: Callable[..., Any], inside: Callable[..., Any]) -> bool:
-    """Whether `hook` may keep things outside of the module, where `inside` is its copy."""
+def is_observer(hook: Callable[..., Any], inside: Callable[..., Any], holders: list[Any]) -> bool:
+    """Whether `hook` may keep things outside of the module.
+
+    Args:
+        hook: a forward hook.
+        inside: its copy, which reaches a copy of the module.
+        holders: whose attributes count as inside.
+    """
     module = getattr(hook, "__module__", None) or type(hook).__module__
     if module.startswith("torch."):
         return False
-    return inside is hook or next(_containers(hook, _DEPTH), None) is not None
+    if inside is hook:
+        return True
+    known = {id(value) for holder in holders for value in (vars(holder), *vars(holder).values())}
+    return any(id(container) not in known for container in _containers(hook, _DEPTH))
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:

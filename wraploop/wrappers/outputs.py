@@ -215,14 +215,14 @@ def plain_values(nest: Nest) -> list[Any]:
 
 def _check_same_values(place: Place, values: list[Any]) -> None:
     """Checks that what all shards have set an attribute to is the same, but for tensors."""
-    module, name = place
+    holder, name = place
     kept = [plain_values(value) for value in values]
     for other in kept[1:]:
         if other != kept[0]:
             raise ValueError(
-                f"{type(module).__name__}.forward sets {name!r} to {values[0]!r} in one shard and "
-                f"{values[kept.index(other)]!r} in another. Keep what depends on the rows as a "
-                "tensor, with one row for each row of the batch or 0-dimensional."
+                f"The forward sets {name!r} of {type(holder.of).__name__} to {values[0]!r} in one "
+                f"shard and {values[kept.index(other)]!r} in another. Keep what depends on "
+                "the rows as a tensor, with one row for each row of the batch or 0-dimensional."
             )
 
 

@@ -27,6 +27,7 @@ class Rank(Shard):
         counts: how many rows of the batch each rank has; for what is not batched, 0.
         name: what is run, for errors.
         loss_weight: see `Shard`.
+        is_local: whether each rank makes a loss of its own rows.
         synced: whether derivatives are summed over the ranks, or stay each rank's own.
         unsynced: the ids of leaves whose `.grad` holds what was not summed.
 
@@ -46,12 +47,14 @@ class Rank(Shard):
         name: str,
         *,
         loss_weight: float = 1.0,
+        is_local: bool = False,
         synced: bool = True,
         unsynced: set[int] | None = None,
     ) -> None:
         self.channel = channel
         self.name = name
         self.loss_weight = loss_weight
+        self.is_local = is_local
         self.synced = synced
         self.unsynced = set() if unsynced is None else unsynced
         self.counts = list(counts)

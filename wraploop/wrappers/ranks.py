@@ -67,7 +67,9 @@ class _GoIn(Function):
         rank, parts = ctx.rank, weigh(grads[1:], ctx.rank.loss_weight)
         if rank.synced:
             parts = _with_unsynced(ctx, parts)
-            wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, [])
+            # Where no part depends on anything, as with no rows, the wholes must all the same.
+            tokens = [torch.zeros((), requires_grad=True)] if torch.is_grad_enabled() else []
+            wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, tokens)
         else:
             wholes = weigh(parts, rank.channel.world_size)
             leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
@@ -176,7 +178,7 @@ class _ComeOut(Function):
             raise NotImplementedError(BATCHED)
         given = {i: grad for i, grad in enumerate(grads) if grad is not None}
         facts = [fingerprint(grad) for grad in given.values()]
-        is_local = ctx.rank.loss_weight != 1
+        is_local = ctx.rank.is_local
         what = "derivative of a gradient" if is_local else "gradient of the loss"
         ctx.rank.channel.agree(what, facts, _ALIKE_ONLY if is_local else ALL_PASS_ALL)
         _, parts = go_in(

@@ -17,7 +17,7 @@ changes on its modules is found by `changes` and handed back to the original by 
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -34,10 +34,14 @@ from .observers import Observation, Observer, is_observer
 from .tree import (
     EXECUTION,
     Place,
+    Ref,
     Tree,
     attributes,
+    buffers_of,
     is_own_container,
+    is_plain_object,
     is_quiet,
+    items,
     mark_rows,
     same,
 )
@@ -143,15 +147,30 @@ class Replica:
         self._observes = observes
         self.observed: list[Observation] = []
         self.hooks: list[Callable[..., Any]] = []
+        self._of_hooks: list[tuple[Any, Any]] = []
         self._modules: list[tuple[nn.Module, nn.Module]] = []
         self._memo: dict[int, Any] = {}
         olds, news = [*tree.parameters, *tree.buffers], [*leaves, *buffers]
         self._memo.update((id(old), new) for old, new in zip(olds, news, strict=True))
         self._copies = Copies(self._memo, self._copy_module)
         self.module: nn.Module = self._copy_module(original)
-        self._made = [attributes(copy) for _, copy in self._modules]
+        known = set(map(Ref, tree.holders))
+        objects = [(old, new) for old, new in self._copies.objects if Ref(old) in known]
+        self._holders = [*self._modules, *objects]
+        self._made = [attributes(copy) for _, copy in self._holders]
+        self._inner = _not_of(self._modules, self._copies.containers)  # the tree knows the others
+        copied = [*(vars(old) for old, _ in self._copies.objects), *(old for old, _ in self._inner)]
+        self._originals = [(container, items(container)) for container in copied]
+        nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
+        far = [pair for pair in self._copies.objects if pair not in [*objects, *self._of_hooks]]
+        nested += [(type(old), vars(new)) for old, new in far]
+        self._nested = [(kind, container, items(container)) for kind, container in nested]
         self._taken_over = [version_of(buffer) for buffer in tree.buffers]
         self._before = [version_of(copy) for copy in buffers]
+
+    def is_current(self) -> bool:
+        """Whether the objects and containers that have been copied are what they were."""
+        return all(same(items(container), kept) for container, kept in self._originals)
 
     def refresh(self) -> None:
         """Takes over what changes from step to step: buffers, and values on another device.
@@ -184,8 +203,8 @@ class Replica:
                 copy.__dict__[name] = self._copy_hooks(module, value)
                 continue
             copied = self._copies.of(value)
-            if copied is value and is_own_container(name, value):
-                copied = value.copy()
+            if copied is value and (is_own_container(name, value) or is_plain_object(value)):
+                copied = self._copies.own(value)
             copy.__dict__[name] = copied
         return copy
 
@@ -193,9 +212,11 @@ class Replica:
         """Forward hooks, the user's among them under observation."""
         copies = OrderedDict()
         for number, hook in hooks.items():
+            before = len(self._copies.objects)
             inside = copies[number] = self._copies.of(hook)
-            if is_observer(hook, inside):
-                self.hooks += [hook, inside]
+            self._of_hooks += self._copies.objects[before:]
+            if is_observer(hook, inside, self._tree.holders):
+                self.hooks.append(hook)
                 copies[number] = Observer(inside, hook, module, self.observed)
         return copies
 
@@ -203,28 +224,35 @@ class Replica:
         """Puts this shard's parts of what earlier forwards have left in their places."""
         self._carried = parts
         for (module, name), part in parts.items():
-            copy = self._memo[id(module)]
-            table = copy._buffers if name in copy._buffers else copy.__dict__
+            copy = self._memo[id(module.of)]
+            table = buffers_of(copy) if name in buffers_of(copy) else copy.__dict__
             table[name] = part
             if (module, name) in self.rows:
                 mark_rows(part)  # for a wrapper inside
 
     def changes(self) -> dict[Place, Change]:
-        """What the last forward has set on its modules, or written to their buffers."""
+        """What the last forward has set on its modules, or written to their buffers.
+
+        Raises:
+            NotImplementedError: it has changed what cannot be handed back.
+        """
+        for kind, container, made in self._nested:
+            if not same(items(container), made):
+                raise NotImplementedError(_NESTED.format(kind.__name__))
         found: dict[Place, Change] = {}
         written = self._written()
-        for (module, copy), made in zip(self._modules, self._made, strict=True):
+        for (module, copy), made in zip(self._holders, self._made, strict=True):
             if written:
                 found.update(_written_to(module, copy, written))
             if is_quiet(copy):
                 continue
             now = attributes(copy)
             for name in now:
-                place = module, name
+                place = Ref(module), name
                 before = (self._carried[place],) if place in self._carried else made.get(name)
                 if before is None or not same(now[name], before):
-                    is_buffer = name in copy._buffers
-                    value = copy._buffers[name] if is_buffer else copy.__dict__[name]
+                    is_buffer = name in buffers_of(copy)
+                    value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
                     first, *held = before or (None,)
                     value = _without(value, held)
                     is_rows = place in self._carried and place in self.rows
@@ -239,21 +267,22 @@ class Replica:
 
     def hand_back(self, changes: dict[Place, Change]) -> None:
         """Sets `changes` on the original's modules."""
-        for (module, name), change in changes.items():
-            value = _with(change.value)
+        for (holder, name), change in changes.items():
+            module, value = holder.of, _with(change.value)
             if change.is_rows:
-                self.rows.add((module, name))
+                self.rows.add((holder, name))
             old = module.__dict__.get(name)
             if change.is_in_place:
-                target = module._buffers[name] if name in module._buffers else old
+                target = buffers_of(module).get(name, old)
                 assert isinstance(target, Tensor)
                 if value.data_ptr() != target.data_ptr():
                     with torch.no_grad():
                         target.copy_(value)
             elif change.is_buffer:
                 module._buffers[name] = value
-            elif isinstance(old, list) and isinstance(value, list):
-                old[:] = value
+            elif isinstance(old, (list, deque)) and type(old) is type(value):
+                old.clear()
+                old.extend(value)
             elif isinstance(old, (dict, set)) and type(old) is type(value):
                 old.clear()
                 old.update(value)
@@ -287,7 +316,7 @@ class Replica:
         """Hands back what a forward that checkpointing repeats has written to buffers."""
         written = self._written()
         if written:
-            for module, copy in self._modules:
+            for module, copy in self._holders:
                 self.hand_back(dict(_written_to(module, copy, written)))
             self.settle()
 
@@ -313,15 +342,26 @@ def _uncached(name: str, setter: Any) -> property:
     return property(lambda module: module.parametrizations[name](), setter)
 
 
-def _written_to(
-    module: nn.Module, copy: nn.Module, written: set[int]
-) -> Iterator[tuple[Place, Change]]:
+def _not_of(
+    holders: list[tuple[Any, Any]], containers: list[tuple[Any, Any]]
+) -> list[tuple[Any, Any]]:
+    """Those of `containers`, originals and copies, that are in no attribute of `holders`."""
+    own = {id(held) for _, copy in holders for held in vars(copy).values()}
+    return [(old, new) for old, new in containers if id(new) not in own]
+
+
+def _written_to(module: Any, copy: Any, written: set[int]) -> Iterator[tuple[Place, Change]]:
     is_agreed = isinstance(copy, GlobalBatchNorm)
-    for name, tensor in (*copy._buffers.items(), *copy.__dict__.items()):
+    for name, tensor in (*buffers_of(copy).items(), *copy.__dict__.items()):
         if id(tensor) in written:
             change = Change(tensor, is_buffer=True, is_in_place=True, is_agreed=is_agreed)
-            yield (module, name), change
+            yield (Ref(module), name), change
 
+
+_NESTED = (
+    "The forward changes a {} that holds modules, inside another container. Keep what it changes "
+    "in attributes of a module, or in lists and dicts there."
+)
 
 _LEAKED = (
     "A backward has run into the inside of a wrapped module: a tensor made by its forward was used "

@@ -56,6 +56,8 @@ class Replicas:
             self._sets.clear()
         frozen = tuple(not parameter.requires_grad for parameter in self._tree.parameters)
         replicas = self._sets.pop(frozen, [])
+        if not all(replica.is_current() for replica in replicas):
+            replicas = []
         self._sets[frozen] = replicas  # now the last
         if len(self._sets) > _MOST_SETS:
             del self._sets[next(iter(self._sets))]

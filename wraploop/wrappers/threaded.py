@@ -46,6 +46,7 @@ class ThreadedCPUParallel(ModelWrapper):
         sync_batchnorm: bool = True,
     ) -> None:
         super().__init__(module, methods=methods, sync_batchnorm=sync_batchnorm)
+        self._check_inside()
         if threads != "auto" and (not isinstance(threads, int) or threads < 1):
             raise ValueError(f'threads must be a positive integer or "auto"; got {threads!r}.')
         self.threads = threads

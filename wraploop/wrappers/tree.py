@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,12 +16,32 @@ from .internals import is_compiled, own_attributes
 EXECUTION = "_wraploop_execution"  # what a wrapper keeps for running, which is not the module's
 _TABLES = ("_parameters", "_buffers", "_modules")
 _TORCHS_OWN = own_attributes()  # hooks and flags: no forward writes to these
-_CONTAINERS = (list, dict, OrderedDict, set)
+CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict)
+_OPAQUE = (  # whose objects are left alone
+    *("torch", "builtins", "functools", "logging", "threading", "_thread", "weakref", "numpy"),
+    *("re", "enum", "abc", "typing", "wraploop"),
+)
 
 
 _MARK = "_wraploop_rows"
 
-Place = tuple[nn.Module, str]  # an attribute of one of the original's modules
+
+class Ref:
+    """What stands for an object by which it is, and not by what it is equal to."""
+
+    __slots__ = ("of",)
+
+    def __init__(self, of: Any) -> None:
+        self.of = of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ref) and other.of is self.of
+
+    def __hash__(self) -> int:
+        return id(self.of)
+
+
+Place = tuple[Ref, str]  # an attribute of one of the original's modules, or of an object's in one
 
 
 class Tree:
@@ -33,6 +53,7 @@ class Tree:
         buffers: the other distinct tensors in it.
         carried: what forwards have left in attributes for later ones: tensors with a graph, and
             those in the places `rows`.
+        holders: what has attributes that a forward may set.
         is_compiled: whether `torch.compile` runs a part of it.
 
     Args:
@@ -53,21 +74,23 @@ class Tree:
         self._contents: list[tuple[Any, list[Any]]] = []
         self.carried: dict[Place, Tensor] = {}
         self._plain: list[tuple[Tensor, bool]] = []
-        for module in root.modules():
+        self.holders = holders(root)
+        for module in self.holders:
             own = module.__dict__
             self._contents.append((own, items(own)))
-            self._contents.append((module._forward_hooks, items(module._forward_hooks)))
+            if isinstance(module, nn.Module):
+                self._contents.append((module._forward_hooks, items(module._forward_hooks)))
             tables = [value for name, value in own.items() if is_own_container(name, value)]
             self._contents += [(table, items(table)) for table in tables]
             held = [(name, value) for name, value in own.items() if isinstance(value, Tensor)]
             self._plain += [(value, value.requires_grad) for _, value in held]
-            for name, value in (*held, *module._buffers.items()):
+            for name, value in (*held, *buffers_of(module).items()):
                 if value is None or id(value) in parameters:
                     continue
                 if hasattr(value, _MARK):
-                    rows.add((module, name))
-                if value.grad_fn is not None or (module, name) in rows:
-                    self.carried[module, name] = value
+                    rows.add((Ref(module), name))
+                if value.grad_fn is not None or (Ref(module), name) in rows:
+                    self.carried[Ref(module), name] = value
                 else:
                     (parameters if value.requires_grad else buffers)[id(value)] = value
         self.is_compiled = is_compiled(root)
@@ -97,20 +120,42 @@ def mark_rows(tensor: Tensor) -> None:
 
 def is_own_container(name: str, value: Any) -> bool:
     """Whether a module keeps things of its own in `value`, its attribute `name`."""
-    return type(value) in _CONTAINERS and (name in _TABLES or name not in _TORCHS_OWN)
+    return type(value) in CONTAINERS and (name in _TABLES or name not in _TORCHS_OWN)
 
 
-def attributes(module: nn.Module) -> dict[str, Iterable[Any]]:
+def is_plain_object(value: Any) -> bool:
+    """Whether `value` is an object of the user's, which has attributes and is no module."""
+    if isinstance(value, (type, nn.Module, Tensor, *CONTAINERS)) or not hasattr(value, "__dict__"):
+        return False
+    return type(value).__module__.partition(".")[0] not in _OPAQUE
+
+
+def holders(root: nn.Module) -> list[Any]:
+    """What has attributes that a forward may set: the modules, and objects in their attributes."""
+    modules = list(root.modules())
+    values = [value for module in modules for value in module.__dict__.values()]
+    objects = {id(value): value for value in values if is_plain_object(value)}
+    return [*modules, *objects.values()]
+
+
+def buffers_of(holder: Any) -> dict[str, Tensor | None]:
+    """The buffers of `holder`, if it is a module."""
+    return holder._buffers if isinstance(holder, nn.Module) else {}
+
+
+def attributes(module: Any) -> dict[str, Iterable[Any]]:
     """What a forward may have set on `module`: each attribute's value and, of containers, items."""
-    found: dict[str, Iterable[Any]] = {name: (b,) for name, b in module._buffers.items()}
+    found: dict[str, Iterable[Any]] = {name: (b,) for name, b in buffers_of(module).items()}
     for name, value in module.__dict__.items():
         if name not in _TORCHS_OWN and name != EXECUTION:
-            found[name] = (value, *items(value)) if type(value) in _CONTAINERS else (value,)
+            found[name] = (value, *items(value)) if type(value) in CONTAINERS else (value,)
     return found
 
 
-def is_quiet(module: nn.Module) -> bool:
+def is_quiet(module: Any) -> bool:
     """Whether `module` is one of torch's own, which set nothing in forward unless hooks do."""
+    if not isinstance(module, nn.Module):
+        return False
     hooks = module._forward_pre_hooks or module._forward_hooks
     return type(module).__module__.startswith("torch.nn.modules.") and not hooks
 

@@ -57,6 +57,7 @@ class ModelWrapper(nn.Module):
     methods: tuple[str, ...]
     sync_batchnorm: bool
     training: bool
+    speaks = False  # whether calls are exchanges with other processes, which lanes cannot make
 
     def __init__(
         self, module: nn.Module, *, methods: tuple[str, ...] = (), sync_batchnorm: bool = True
@@ -75,6 +76,15 @@ class ModelWrapper(nn.Module):
         self.methods = tuple(methods)
         self.sync_batchnorm = sync_batchnorm
         self.training = module.training
+
+    def _check_inside(self) -> None:
+        """Checks that nothing in the module speaks with other processes: lanes cannot."""
+        for name, part in self.module.named_modules():
+            if getattr(part, "speaks", False) and isinstance(part, ModelWrapper):
+                raise ValueError(
+                    f"{type(self).__name__} cannot run the {type(part).__name__} in it ({name!r}) in "
+                    "lanes. Put it inside: DistributedModel(ThreadedCPUParallel(model))."
+                )
 
     @abstractmethod
     def _run(self, call: Call) -> Nest:
