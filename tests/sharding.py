@@ -123,6 +123,9 @@ def read() -> dict[str, Any]:
         random.seed(1)
         batches = shard(make())
         found[name] = [[plain(batch) for batch in batches] for _ in range(2)]
+    torch.manual_seed(2)
+    two = [shard(DataLoader(Words(), batch_size=4, shuffle=True)) for _ in range(2)]
+    found["two at once"] = [[plain(batch) for batch in pair] for pair in zip(*two, strict=True)]
     noise = shard(DataLoader(Noise(), batch_size=8, num_workers=1))
     found["noise"] = [plain(batch) for batch in noise]
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)

@@ -64,6 +64,13 @@ def test_the_processes_together_read_what_one_reads_in_order(read, alone, name):
         assert {len(rank[name][epoch]) for rank in read} == {len(batches)}
 
 
+def test_two_loaders_at_once_read_what_they_would_in_one_process(read, alone):
+    for number, pair in enumerate(alone["two at once"]):
+        assert pair[0] != pair[1]
+        for which, batch in enumerate(pair):
+            assert joined([rank["two at once"][number][which] for rank in read]) == batch
+
+
 def test_the_rows_of_a_batch_are_shared_out_as_evenly_as_can_be(read):
     for name in ("in order", "shuffled", "own batch sampler"):
         for batches in zip(*(rank[name][0] for rank in read), strict=True):

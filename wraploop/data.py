@@ -70,7 +70,10 @@ class ShardedBatches:
         if processes.world_size() == 1:
             return iter(self._batches)
         state = _RandomState()
-        return self._read(state) if _reads_by_index(self._batches) else self._cut(state)
+        if not _reads_by_index(self._batches):
+            return self._cut(state)
+        loader = self._own_loader(state)
+        return self._read(loader, state)
 
     def __len__(self) -> int:
         return len(self._batches)  # pyright: ignore[reportArgumentType]
@@ -86,8 +89,8 @@ class ShardedBatches:
             rows = _count_rows(batch)
             yield _rows(batch, own_rows(rows), rows)
 
-    def _read(self, state: _RandomState) -> Iterator[Any]:
-        """Batches of this process's samples alone."""
+    def _own_loader(self, state: _RandomState) -> Any:
+        """A loader of this process's samples alone."""
         source: Any = self._batches
         is_new = self._loader is None
         if is_new:
@@ -96,7 +99,12 @@ class ShardedBatches:
         if is_new or not loader.persistent_workers:
             with state.used():  # as the loader itself would, for its workers
                 seed = int(torch.empty((), dtype=torch.int64).random_(generator=source.generator))
+            state.hand_back()
             loader.generator.manual_seed(seed + processes.rank())
+        return loader
+
+    def _read(self, loader: Any, state: _RandomState) -> Iterator[Any]:
+        """Batches of this process's samples alone."""
         counts = loader.batch_sampler.begin(state)
         for batch in loader:
             yield batch if counts.popleft() else _rows(batch, slice(0, 0), 1)
@@ -132,6 +140,10 @@ class _RandomState:
     """The random state, rank 0's, from which all processes draw what decides on the batches."""
 
     def __init__(self) -> None:
+        self.agree()
+
+    def agree(self) -> None:
+        """Takes rank 0's for all, which may have drawn meanwhile."""
         self._own = _random_state()
         self._state = processes.broadcast(self._own)
 
@@ -148,18 +160,19 @@ class _RandomState:
 
     def iterated(self, items: Iterable[Any]) -> Iterator[Any]:
         """The `items`, while they are made drawing from it."""
+        self.agree()
         with self.used():
             iterator = iter(items)
         for number in itertools.count():
             with self.used():
                 item = next(iterator, _END)
             if number == 0 or item is _END:
-                self._hand_back()
+                self.hand_back()
             if item is _END:
                 return
             yield item
 
-    def _hand_back(self) -> None:
+    def hand_back(self) -> None:
         """Has rank 0 go on from here, as one process would, unless it has drawn meanwhile."""
         own = _random_state()
         if processes.rank() == 0 and _same(own, self._own):

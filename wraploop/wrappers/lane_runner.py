@@ -119,7 +119,7 @@ class LaneRunner:
         crossing.on_backward = on_backward
         crossing.on_written = replicas[0].hand_back_recomputed
         wholes = crossing.come_out(outs[0])
-        output = ran[0].whole(call, replicas[0], wholes)
+        output = ran[0].whole(call, replicas[0], wholes, group.sizes[0])
         if expected:
             expected.check(call, output, ran[0])
         for replica in replicas:

@@ -7,7 +7,7 @@ which come out of the border as outputs do.
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_CONTAINERS = (list, dict, OrderedDict, set, deque)
+from .batch import tensors_of
+from .tree import CONTAINERS, items
+
 _DEPTH = 4
 
 
@@ -34,9 +36,31 @@ class Observation:
     module: nn.Module
     seen: tuple[Any, ...]
 
-    def repeat(self, seen: tuple[Any, ...]) -> None:
-        """Calls the hook with other activations."""
+    def joins(self, rows: int) -> bool:
+        """Whether shards' parts, of `rows` rows, can be put together."""
+        tensors = tensors_of(self.seen)
+        return all(len(t) == rows if t.ndim else t.is_floating_point() for t in tensors)
+
+    def repeat(self, seen: tuple[Any, ...], rows: int) -> None:
+        """Calls the hook with the whole batch's activations.
+
+        Args:
+            seen: these; one shard's, if they cannot be put together.
+            rows: how many rows the shard had.
+
+        Raises:
+            ValueError: they cannot, and the hook has kept some.
+        """
         self.hook(self.module, *seen)
+        if not self.joins(rows):
+            kept = {id(item) for c in _containers(self.hook, _DEPTH) for item in items(c)}
+            for tensor in tensors_of(seen):
+                if id(tensor) in kept:
+                    raise ValueError(
+                        f"A forward hook keeps a tensor of shape {tuple(tensor.shape)} that a "
+                        f"{type(self.module).__name__} has made of {rows} rows. Its first axis "
+                        "does not count rows, so the shards' parts cannot be put together."
+                    )
 
 
 class Observer:
@@ -66,20 +90,34 @@ class Observer:
     def __call__(self, copy: nn.Module, *seen: Any) -> Any:
         """The hook's own answer."""
         result = self.inside(copy, *seen)
-        if result is None:
+        if result is None or result is seen[-1]:
             self.log.append(Observation(self.hook, self.module, seen))
         return result
 
 
 class Keepsakes:
-    """What hooks hold in containers, to be as it is now again."""
+    """What hooks hold in containers and variables, to be as it is now again."""
 
     def __init__(self, hooks: list[Callable[..., Any]]) -> None:
         found = {id(c): c for hook in hooks for c in _containers(hook, _DEPTH)}
         self._kept = [(container, container.copy()) for container in found.values()]
+        functions = [hook for hook in hooks if isinstance(hook, FunctionType)]
+        cells = [cell for function in functions for cell in function.__closure__ or ()]
+        self._cells = [(cell, cell.cell_contents) for cell in cells if _contents(cell) is not None]
+        self._globals = [
+            (function.__globals__, name, function.__globals__[name])
+            for function in functions
+            for name in function.__code__.co_names
+            if name in function.__globals__
+        ]
 
     def restore(self) -> None:
         """Makes it so."""
+        for cell, contents in self._cells:
+            cell.cell_contents = contents
+        for names, name, value in self._globals:
+            if names[name] is not value:
+                names[name] = value
         for container, kept in self._kept:
             container.clear()
             if isinstance(container, (list, deque)):
@@ -109,13 +147,13 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
     """The containers that `value`, a hook, may keep things in."""
     if depth == 0 or isinstance(value, (Tensor, nn.Module, type, ModuleType)):
         return
-    if isinstance(value, _CONTAINERS):
+    if isinstance(value, CONTAINERS):
         yield value
         children = list(value.values()) if isinstance(value, dict) else list(value)
     elif isinstance(value, FunctionType):
         cells = [_contents(cell) for cell in value.__closure__ or ()]
         named = [value.__globals__.get(name) for name in value.__code__.co_names]
-        children = [*cells, *(child for child in named if isinstance(child, _CONTAINERS))]
+        children = [*cells, *(child for child in named if isinstance(child, CONTAINERS))]
     elif isinstance(value, MethodType):
         children = [value.__self__]
     elif isinstance(value, Observer):

@@ -122,19 +122,22 @@ class Ran:
         for leaf in self.inputs.values():
             yield leaf, "gather"
         for each in self.observed:
-            for path, leaf in leaves_of(each.seen):
-                if isinstance(leaf, Tensor):
-                    name = type(each.module).__name__
-                    move = move_out(leaf, rows, f"What a forward hook of {name} sees, {path},")
-                    yield leaf * weight if move == "sum" else leaf, move
+            for leaf in tensors_of(each.seen):
+                if not each.joins(rows):
+                    yield leaf.detach(), "first"
+                else:
+                    yield (leaf, "gather") if leaf.ndim else (leaf * weight, "sum")
 
-    def whole(self, call: Call, replica: Replica, wholes: Sequence[Tensor | None]) -> Nest:
+    def whole(
+        self, call: Call, replica: Replica, wholes: Sequence[Tensor | None], rows: int
+    ) -> Nest:
         """The output of the whole batch, once everything else has been handed back.
 
         Args:
             call: what was called.
             replica: of the original, which `changes` are handed back to.
             wholes: what the tensors of `nest` have become.
+            rows: how many rows the shard ran.
         """
         output, values, inputs, seen = with_tensors(self.nest, wholes)
         pairs = zip(self.changes.items(), values, strict=True)
@@ -143,7 +146,7 @@ class Ran:
         for i, value in inputs.items():
             originals[i].copy_(value)
         for each, whole in zip(self.observed, seen, strict=True):
-            each.repeat(whole)
+            each.repeat(whole, rows)
         return output
 
 

@@ -110,7 +110,7 @@ class RankRunner:
         used = [t for _, ts, (part,) in carried for t in ts if depends_on(tensors, part)]
         wholes = come_out(
             rank,
-            self._description(call, ran, tensors),
+            self._description(call, ran, [x for x, move in out if move != "first"]),
             tensors,
             [move for _, move in out],
             tensors,
@@ -118,7 +118,7 @@ class RankRunner:
         )
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
-        output = ran.whole(call, replica, wholes)
+        output = ran.whole(call, replica, wholes, rank.size)
         if expected:
             expected.check(call, output, ran)
         replica.settle()

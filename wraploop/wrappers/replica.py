@@ -199,7 +199,7 @@ class Replica:
         for name, value in module.__dict__.items():
             if name == EXECUTION:
                 continue
-            if name == "_forward_hooks" and value and self._observes:
+            if name in ("_forward_hooks", "_forward_pre_hooks") and value and self._observes:
                 copy.__dict__[name] = self._copy_hooks(module, value)
                 continue
             copied = self._copies.of(value)
@@ -254,7 +254,7 @@ class Replica:
                     is_buffer = name in buffers_of(copy)
                     value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
                     first, *held = before or (None,)
-                    value = _without(value, held)
+                    value = _without(list(value) if isinstance(value, deque) else value, held)
                     is_rows = place in self._carried and place in self.rows
                     found[place] = Change(value, first, is_buffer, is_rows=is_rows)
         return found
@@ -280,7 +280,7 @@ class Replica:
                         target.copy_(value)
             elif change.is_buffer:
                 module._buffers[name] = value
-            elif isinstance(old, (list, deque)) and type(old) is type(value):
+            elif isinstance(old, (list, deque)) and isinstance(value, list):
                 old.clear()
                 old.extend(value)
             elif isinstance(old, (dict, set)) and type(old) is type(value):

@@ -79,7 +79,8 @@ class Tree:
             own = module.__dict__
             self._contents.append((own, items(own)))
             if isinstance(module, nn.Module):
-                self._contents.append((module._forward_hooks, items(module._forward_hooks)))
+                for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                    self._contents.append((hooks, items(hooks)))
             tables = [value for name, value in own.items() if is_own_container(name, value)]
             self._contents += [(table, items(table)) for table in tables]
             held = [(name, value) for name, value in own.items() if isinstance(value, Tensor)]

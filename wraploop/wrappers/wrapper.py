@@ -82,8 +82,8 @@ class ModelWrapper(nn.Module):
         for name, part in self.module.named_modules():
             if getattr(part, "speaks", False) and isinstance(part, ModelWrapper):
                 raise ValueError(
-                    f"{type(self).__name__} cannot run the {type(part).__name__} in it ({name!r}) in "
-                    "lanes. Put it inside: DistributedModel(ThreadedCPUParallel(model))."
+                    f"{type(self).__name__} cannot run the {type(part).__name__} in it ({name!r}) "
+                    "in lanes. Put it inside: DistributedModel(ThreadedCPUParallel(model))."
                 )
 
     @abstractmethod
