@@ -230,3 +230,9 @@ def test_a_model_without_noise_leaves_the_random_state_alone(wrap):
     torch.manual_seed(0)
     model(torch.ones(4, 3)).sum().backward()
     assert torch.randn(3).equal(expected)
+
+
+def test_lanes_around_processes_are_refused():
+    inside = nn.Sequential(DistributedModel(nn.Linear(3, 1)))
+    with pytest.raises(ValueError, match=r"DistributedModel in it \('0'\) in lanes"):
+        ThreadedCPUParallel(inside)

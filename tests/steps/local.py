@@ -204,6 +204,29 @@ def own_rows_and_a_hessian_vector_product(m, o, k):
     update(o.net, sum(g.square().sum() for g in grads))
 
 
+@mean(net=net, steps=4)
+def own_rows_fewer_than_processes_and_a_hessian_vector_product(m, o, k):
+    x, y = batch(k, (1, 2, 1, 3)[k])
+    grads = torch.autograd.grad(
+        F.mse_loss(m.net(x), y), list(m.net.parameters()), create_graph=True
+    )
+    update(o.net, sum(g.square().sum() for g in grads))
+
+
+class LossInside(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x, y):
+        return F.mse_loss(self.body(x), y, reduction="none").sum(1)
+
+
+@step(net=LossInside, steps=4, local="sum")
+def own_rows_summed_in_the_model(m, o, k):
+    update(o.net, m.net(*batch(k, (8, 1, 7, 2)[k])).sum())
+
+
 @mean(net=net)
 def own_rows_and_a_backward_with_its_graph(m, o, k):
     o.net.zero_grad()

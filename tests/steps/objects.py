@@ -149,3 +149,18 @@ def hook_on_a_layer_with_other_outputs(m, o, k):
     handle.remove()
     update(o.net, out.square().mean())
     return axes
+
+
+class Constrained(nn.Linear):
+    """Bounds its weight's norm before it is used, as EEGNet does."""
+
+    def forward(self, input):
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.2)
+        return super().forward(input)
+
+
+@step(net=lambda: nn.Sequential(Constrained(3, 4), nn.Tanh(), Constrained(4, 2)))
+def weights_given_other_data_in_forward(m, o, k):
+    out = m.net(randn(k, 7, 3))
+    update(o.net, out.square().mean() + m.net[0].weight.sum())
+    return out

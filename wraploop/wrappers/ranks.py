@@ -17,6 +17,7 @@ of that is `weigh`.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,7 +69,9 @@ class _GoIn(Function):
         if rank.synced:
             parts = _with_unsynced(ctx, parts)
             # Where no part depends on anything, as with no rows, the wholes must all the same.
-            tokens = [torch.zeros((), requires_grad=True)] if torch.is_grad_enabled() else []
+            token = ctx.token()
+            depends = any(part is not None and part.requires_grad for part in parts)
+            tokens = [] if depends or token is None else [token]
             wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, tokens)
         else:
             wholes = weigh(parts, rank.channel.world_size)
@@ -165,6 +168,7 @@ class _ComeOut(Function):
         *tokens_and_parts: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         ctx.rank, ctx.doing, ctx.moves, ctx.tokens = rank, doing, moves, tokens
+        ctx.had = [part is not None for part in tokens_and_parts[tokens:]]
         ctx.set_materialize_grads(False)
         pairs = zip(wholes, differentiable, strict=True)
         ctx.mark_non_differentiable(*(w for w, d in pairs if w is not None and not d))
@@ -190,7 +194,7 @@ class _ComeOut(Function):
         )
         found: list[Tensor | None] = [None] * len(grads)
         for i, part in zip(given, parts, strict=True):
-            found[i] = part
+            found[i] = part if ctx.had[i] else None
         return None, None, None, None, None, None, *[torch.zeros(())] * ctx.tokens, *found
 
 
@@ -211,6 +215,7 @@ def go_in(
     """
     if torch.is_grad_enabled() and any(whole.requires_grad for whole in wholes):
         token, *parts = _GoIn.apply(rank, doing, list(moves), borrow, *wholes)
+        token.grad_fn.token = weakref.ref(token)
         return [token], parts
     return [], [rank.take(w, move, borrow=borrow) for w, move in zip(wholes, moves, strict=True)]
 

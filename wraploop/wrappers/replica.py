@@ -162,9 +162,16 @@ class Replica:
         copied = [*(vars(old) for old, _ in self._copies.objects), *(old for old, _ in self._inner)]
         self._originals = [(container, items(container)) for container in copied]
         nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
-        far = [pair for pair in self._copies.objects if pair not in [*objects, *self._of_hooks]]
+        near = {id(old) for old, _ in (*objects, *self._of_hooks)}
+        far = [(old, new) for old, new in self._copies.objects if id(old) not in near]
         nested += [(type(old), vars(new)) for old, new in far]
         self._nested = [(kind, container, items(container)) for kind, container in nested]
+        self._weights: list[tuple[Any, Any]] = [  # of which a forward may replace the storage
+            (parameter, copy._parameters[name])
+            for module, copy in self._modules
+            for name, parameter in module._parameters.items()
+            if parameter is not None and not is_quiet(copy)
+        ]
         self._taken_over = [version_of(buffer) for buffer in tree.buffers]
         self._before = [version_of(copy) for copy in buffers]
 
@@ -305,7 +312,10 @@ class Replica:
                 raise RuntimeError(_BYPASSED.format(*names, f"of shape {tuple(variable.shape)}"))
 
     def settle(self) -> None:
-        """Takes what is now in the buffers for handed back."""
+        """Takes what is now in the buffers for handed back, and weights with another storage."""
+        for parameter, leaf in self._weights:
+            if leaf.device == parameter.device and leaf.data_ptr() != parameter.data_ptr():
+                parameter.data = leaf.data
         for i, (copy, buffer) in enumerate(zip(self._buffers, self._tree.buffers, strict=True)):
             if version_of(copy) != self._before[i]:
                 self._before[i] = version_of(copy)
