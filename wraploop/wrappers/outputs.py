@@ -15,9 +15,10 @@ from wraploop.processes.channel import fingerprint
 from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call
+from .change import Change
 from .internals import version_of
 from .observers import Observation
-from .replica import Change, Replica
+from .replica import Replica
 from .tree import Place, Tree
 
 _ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))

@@ -15,6 +15,7 @@ from wraploop.processes.packing import pack, unpack
 from .batch import Nest, shared, split
 from .border import Move
 from .call import Call
+from .change import Change
 from .internals import depends_on, quiet_compiler, version_of
 from .noise import own_noise
 from .observers import Keepsakes
@@ -31,7 +32,6 @@ from .outputs import (
 from .probe import Probe
 from .rank import Rank
 from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in
-from .replica import Change
 from .replicas import Replicas
 from .shard import note, running
 from .tree import Place

@@ -19,15 +19,14 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .batch import map_tensors
 from .batchnorm import GlobalBatchNorm, global_class
+from .change import Change, restored, without
 from .copies import Copies
 from .internals import variables_behind, version_of
 from .observers import Observation, Observer, is_observer
@@ -45,59 +44,6 @@ from .tree import (
     mark_rows,
     same,
 )
-
-
-class _Held:
-    """A tensor that a container held before the forward, and that no shard has made."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def _without(value: Any, held: list[Any]) -> Any:
-    """`value` with each tensor that is one of `held` kept from being seen as the shard's."""
-    ids = {id(item) for item in held}
-    return map_tensors(lambda t, _: _Held(t) if id(t) in ids else t, value) if ids else value
-
-
-def _with(value: Any) -> Any:
-    """`value` with what `_without` kept."""
-    if isinstance(value, _Held):
-        return value.tensor
-    if isinstance(value, list):
-        return [_with(item) for item in value]
-    if isinstance(value, dict):
-        return type(value)((key, _with(item)) for key, item in value.items())
-    return value
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a forward has set an attribute to.
-
-    Attributes:
-        value: that.
-        before: what it was.
-        is_buffer: whether it is a buffer, or a tensor written to in place: not batched.
-        is_in_place: whether it was written to in place.
-        is_agreed: whether it is the same in every shard.
-        is_rows: whether it has a row for each row of the batch.
-    """
-
-    value: Any
-    before: Any = None
-    is_buffer: bool = False
-    is_in_place: bool = False
-    is_agreed: bool = False
-    is_rows: bool = False
-
-    def may_be_rows(self, rows: int, total: int) -> bool:
-        """Whether it may have a row for each of the shard's `rows`, of `total` of the batch."""
-        value, before = self.value, self.before
-        if self.is_buffer or not isinstance(value, Tensor) or value.ndim == 0:
-            return False
-        kept_shape = isinstance(before, Tensor) and before.shape == value.shape
-        return len(value) == rows and (self.is_rows or not kept_shape or len(value) == total)
 
 
 class Replica:
@@ -261,7 +207,7 @@ class Replica:
                     is_buffer = name in buffers_of(copy)
                     value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
                     first, *held = before or (None,)
-                    value = _without(list(value) if isinstance(value, deque) else value, held)
+                    value = without(list(value) if isinstance(value, deque) else value, held)
                     is_rows = place in self._carried and place in self.rows
                     found[place] = Change(value, first, is_buffer, is_rows=is_rows)
         return found
@@ -275,7 +221,7 @@ class Replica:
     def hand_back(self, changes: dict[Place, Change]) -> None:
         """Sets `changes` on the original's modules."""
         for (holder, name), change in changes.items():
-            module, value = holder.of, _with(change.value)
+            module, value = holder.of, restored(change.value)
             if change.is_rows:
                 self.rows.add((holder, name))
             old = module.__dict__.get(name)
