@@ -7,6 +7,7 @@ hangs in Python or waits for the others answers too; one that has ended does not
 
 from __future__ import annotations
 
+import atexit
 import sys
 import threading
 import time
@@ -36,7 +37,20 @@ class Watch:
         self._store = store
         self._alarms = 0
         self._main = threading.main_thread().ident
-        threading.Thread(target=self._look, name="wraploop-watch", daemon=True).start()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="wraploop-watch", daemon=True)
+        self._thread.start()
+        atexit.register(self.end)
+
+    def end(self) -> None:
+        """Stops looking: a thread that is in the store when Python ends would abort the process."""
+        atexit.unregister(self.end)
+        self._ended.set()
+        self._thread.join(_ANSWER_WITHIN_S)
+
+    def is_of(self, store: Any) -> bool:
+        """Whether this is the watch over the processes that share `store`, and goes on."""
+        return self._store is store and self._thread.is_alive()
 
     def ask(self) -> str:
         """What the other processes are doing, a line for each that is not waiting."""
@@ -62,11 +76,10 @@ class Watch:
 
     def _look(self) -> None:
         try:
-            while dist.is_initialized():
+            while not self._ended.wait(_LOOK_EVERY_S) and dist.is_initialized():
                 if self._store.check([_alarm(self._alarms)]):
                     self._store.set(_answer(self._alarms, dist.get_rank()), self._report())
                     self._alarms += 1
-                time.sleep(_LOOK_EVERY_S)
         except Exception:  # the process group has ended
             return
 
@@ -95,7 +108,9 @@ def watch() -> Watch | None:
     store = _default_store()
     if store is None:
         return None
-    if _watch is None or _watch._store is not store:
+    if _watch is None or not _watch.is_of(store):
+        if _watch:
+            _watch.end()
         _watch = Watch(store)
     return _watch
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .batch import tensors_of
 from .tree import CONTAINERS, items
 
-_DEPTH = 4
+_DEPTH, _MOST = 4, 256  # how far to look, and at how many things in a container
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
         children = [value.func, *value.args, *value.keywords.values()]
     else:
         children = [vars(value)] if hasattr(value, "__dict__") else []
-    for child in children:
+    for child in children[:_MOST]:
         yield from _containers(child, depth - 1)
 
 
