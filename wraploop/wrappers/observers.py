@@ -30,16 +30,20 @@ class Observation:
         hook: the hook.
         module: the original's module that it is on.
         seen: arguments and output, as it was called with.
+        is_apart: whether some shard's cannot be put together with the others'.
     """
 
     hook: Callable[..., Any]
     module: nn.Module
     seen: tuple[Any, ...]
+    is_apart: bool = False
 
     def joins(self, rows: int) -> bool:
         """Whether shards' parts, of `rows` rows, can be put together."""
         tensors = tensors_of(self.seen)
-        return all(len(t) == rows if t.ndim else t.is_floating_point() for t in tensors)
+        return not self.is_apart and all(
+            len(t) == rows if t.ndim else t.is_floating_point() for t in tensors
+        )
 
     def repeat(self, seen: tuple[Any, ...], rows: int) -> None:
         """Calls the hook with the whole batch's activations.

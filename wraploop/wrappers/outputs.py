@@ -182,12 +182,18 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         and depend_on_rows([signature(r.changes[place].value) for r in ran], seen)
     }
     written = sorted({i for mine in ran for i in mine.inputs})
+    apart = {
+        i
+        for mine, n in zip(ran, sizes, strict=True)
+        for i, each in enumerate(mine.observed)
+        if not each.joins(n)
+    }
     return [
         Ran(
             mine.output,
             {p: replace(mine.changes[p], is_rows=p in rows) for p in places},
             {i: inputs[i] for i in written},
-            mine.observed,
+            [replace(each, is_apart=i in apart) for i, each in enumerate(mine.observed)],
         )
         for mine, inputs in zip(ran, taken, strict=True)
     ]

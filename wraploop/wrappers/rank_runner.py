@@ -18,7 +18,7 @@ from .call import Call
 from .change import Change
 from .internals import depends_on, quiet_compiler, version_of
 from .noise import own_noise
-from .observers import Keepsakes
+from .observers import Keepsakes, Observation
 from .outputs import (
     Ran,
     carried_moves,
@@ -98,7 +98,7 @@ class RankRunner:
             output,
             self._agreed(replica.changes(), taken, rank, total),
             written_to(taken, before, inputs),
-            replica.take_observed(),
+            self._joined(replica.take_observed(), rank.size),
         )
         check_alike([output], f"The output of {call.method!r}")
 
@@ -146,6 +146,17 @@ class RankRunner:
             is_rows = is_rows and depend_on_rows([numbers[n + i] for numbers in every], inputs)
             found[place] = replace(change, is_rows=is_rows)
         return found
+
+    def _joined(self, observed: list[Observation], rows: int) -> list[Observation]:
+        """`observed`, with what some rank's part does not join marked as such."""
+        if not observed:
+            return observed
+        mine = torch.tensor([each.joins(rows) for each in observed], dtype=torch.uint8)
+        said = self._channel.exchange("look at what hooks see", mine)
+        if any(len(flags) != len(mine) for flags in said):
+            raise ValueError("Forward hooks have seen other layers on other processes.")
+        pairs = zip(observed, torch.stack(said).all(0).tolist(), strict=True)
+        return [replace(each, is_apart=not joins) for each, joins in pairs]
 
     def _go_in(
         self, parameters: list[Tensor], _: torch.device | None
