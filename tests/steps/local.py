@@ -181,6 +181,17 @@ def own_rows_without_sync_after_some_with(m, o, k):
 
 
 @mean(net=net)
+def own_rows_without_sync_and_a_layer_frozen_since(m, o, k):
+    with without_sync(m.net):
+        fit(m.net, k).backward()
+    m.net[0].requires_grad_(False)
+    fit(m.net, k + 1).backward()
+    o.net.step()
+    o.net.zero_grad()
+    m.net[0].requires_grad_(True)
+
+
+@mean(net=net)
 def own_rows_dropped_without_sync(m, o, k):
     with without_sync(m.net):
         fit(m.net, k).backward()

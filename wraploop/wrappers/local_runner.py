@@ -53,7 +53,7 @@ class LocalRunner:
     ) -> None:
         self.module = module
         self._synced = True
-        self._unsynced: set[int] = set()
+        self._unsynced: dict[int, Tensor] = {}
         self._sync_batchnorm = sync_batchnorm
         self._channel = channel
         self._reduction = reduction

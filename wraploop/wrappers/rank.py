@@ -29,7 +29,7 @@ class Rank(Shard):
         loss_weight: see `Shard`.
         is_local: whether each rank makes a loss of its own rows.
         synced: whether derivatives are summed over the ranks, or stay each rank's own.
-        unsynced: the ids of leaves whose `.grad` holds what was not summed.
+        unsynced: by id, the leaves whose `.grad` holds what was not summed.
 
     Attributes:
         rows: how many rows are this rank's own.
@@ -49,14 +49,14 @@ class Rank(Shard):
         loss_weight: float = 1.0,
         is_local: bool = False,
         synced: bool = True,
-        unsynced: set[int] | None = None,
+        unsynced: dict[int, Tensor] | None = None,
     ) -> None:
         self.channel = channel
         self.name = name
         self.loss_weight = loss_weight
         self.is_local = is_local
         self.synced = synced
-        self.unsynced = set() if unsynced is None else unsynced
+        self.unsynced = {} if unsynced is None else unsynced
         self.counts = list(counts)
         self.rows = self.counts[channel.rank]
         self.size = max(1, self.rows)

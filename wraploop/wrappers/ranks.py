@@ -76,7 +76,7 @@ class _GoIn(Function):
         else:
             wholes = weigh(parts, rank.channel.world_size)
             leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
-            rank.unsynced.update(id(leaf) for leaf in leaves if leaf is not None)
+            rank.unsynced.update({id(leaf): leaf for leaf in leaves if leaf is not None})
         return None, None, None, None, *wholes
 
 
@@ -86,19 +86,33 @@ def _with_unsynced(ctx: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
     These have left a rank's own part times the number of ranks. So what is the same on all ranks is
     what it was when it has been divided by their number and summed.
     """
-    unsynced: set[int] = ctx.rank.unsynced
-    if not unsynced or torch.is_grad_enabled():
+    rank = ctx.rank
+    if not rank.unsynced or torch.is_grad_enabled():
         return parts
     found = []
     for part, (node, _) in zip(parts, ctx.next_functions, strict=True):
         leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) in unsynced and is_wanted(node):
-            unsynced.discard(id(leaf))
-            if leaf.grad is not None:
-                left, leaf.grad = leaf.grad / ctx.rank.channel.world_size, None
-                part = left if part is None else part + left
+        if leaf is not None and id(leaf) in rank.unsynced and is_wanted(node):
+            left = _taken_grad(rank, rank.unsynced.pop(id(leaf)))
+            part = left if part is None else part if left is None else part + left
         found.append(part)
+    others = list(rank.unsynced.values())  # which take no part in this backward: frozen since
+    if others:
+        rank.unsynced.clear()
+        left = [_taken_grad(rank, leaf) for leaf in others]
+        moves: list[Move] = ["sum"] * len(others)
+        like = [leaf.detach() for leaf in others]
+        wholes, _ = rank.put_together("what no_sync has left", left, moves, like)
+        for leaf, whole in zip(others, wholes, strict=True):
+            leaf.grad = whole
     return found
+
+
+def _taken_grad(rank: Rank, leaf: Tensor) -> Tensor | None:
+    if leaf.grad is None:
+        return None
+    left, leaf.grad = leaf.grad / rank.channel.world_size, None
+    return left
 
 
 class _Weigh(Function):
