@@ -7,6 +7,7 @@ none of them is not copied, but is the same object in every replica.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import weakref
@@ -51,7 +52,7 @@ class Copies:
             value: that; what cannot be copied stays the same object in all replicas.
         """
         if id(value) not in self._replaced:
-            return self._object(value) if hasattr(value, "__dict__") else self._container(value)
+            return self._container(value) if type(value) in CONTAINERS else self._object(value)
         return self._replaced[id(value)]
 
     def of(self, value: Any) -> Any:
@@ -133,9 +134,9 @@ class Copies:
         cells = tuple(CellType() for _ in value.__closure__ or ())
         new = FunctionType(value.__code__, value.__globals__, value.__name__, None, cells)
         self._replaced[id(value)] = new
-        for cell, old in zip(cells, value.__closure__ or (), strict=True):
-            if _is_assigned(old):
-                cell.cell_contents = self.of(old.cell_contents)
+        copies = dict(zip(map(id, value.__closure__ or ()), cells, strict=True))
+        for old, content in cells_of(value):
+            copies[id(old)].cell_contents = self.of(content)
         new.__defaults__ = self.of(value.__defaults__)
         new.__kwdefaults__ = self.of(value.__kwdefaults__)
         new.__dict__.update(value.__dict__)
@@ -149,8 +150,11 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, (list, tuple, set, frozenset, deque)):
         return list(value)
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if _is_assigned(cell)]
-        return [*cells, value.__defaults__, value.__kwdefaults__]
+        return [
+            *(content for _, content in cells_of(value)),
+            value.__defaults__,
+            value.__kwdefaults__,
+        ]
     if isinstance(value, MethodType):
         return [value.__self__]
     if isinstance(value, functools.partial):
@@ -160,8 +164,10 @@ def _parts(value: Any) -> list[Any]:
     return list(vars(value).values()) if is_plain_object(value) else []
 
 
-def _is_assigned(cell: CellType) -> bool:
-    try:
-        return cell.cell_contents is cell.cell_contents
-    except ValueError:
-        return False
+def cells_of(function: FunctionType) -> list[tuple[CellType, Any]]:
+    """The variables that `function` has closed over and that are assigned, with their contents."""
+    found = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not yet assigned
+            found.append((cell, cell.cell_contents))
+    return found

@@ -103,8 +103,11 @@ def is_transformed() -> bool:
 
 
 @contextmanager
-def quiet_compiler() -> Iterator[None]:
+def compiling(is_compiled: bool) -> Iterator[None]:
     """A block in which the compiler may look at parameters that are no leaves without a warning."""
+    if not is_compiled:
+        yield
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         yield

@@ -12,25 +12,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from wraploop.processes.channel import Channel, PeerError, fingerprint
+from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
 from .border import Move
 from .call import Call
-from .internals import quiet_compiler
+from .internals import compiling
 from .noise import random_fingerprint
 from .outputs import Ran, signature
 from .rank import Rank
-from .ranks import BOUNDARY, depending, go_in
+from .ranks import BOUNDARY, depending, parameters_in
 from .replicas import Replicas
-from .shard import note, running
+from .shard import running
 
 _MOST_SPLITS = 4
 _FEW_NUMBERS, _FEW_INDICES = 4, 64  # of which two processes may have the same by chance
@@ -84,16 +84,13 @@ class LocalRunner:
             return self._run(call, rank, meets)
         except BaseException as error:
             self._replicas.clear()
-            if not meets or isinstance(error, PeerError) or not isinstance(error, Exception):
-                raise
-            note(error, f"rank {self._channel.rank}, which has {rank.rows} rows")
-            self._channel.fail(error)
+            if meets:
+                rank.tell(error, f"{rank.rows} rows")
             raise
 
     def _run(self, call: Call, rank: Rank, meets: bool) -> Nest:
         tree, (replica,) = self._replicas_for(rank, meets).get([None])
-        quiet = quiet_compiler() if tree.is_compiled else nullcontext()
-        with running(rank if meets else None), quiet:
+        with running(rank if meets else None), compiling(tree.is_compiled):
             output = call.on(replica.module, [_some_rows(x) for x in call.inputs])
         ran = Ran(output, replica.changes(), {}, [])
         tensors = tensors_of(ran.nest)
@@ -150,7 +147,7 @@ class LocalRunner:
             replicas = Replicas(
                 self.module,
                 self._sync_batchnorm,
-                lambda parameters, _: self._go_in(rank, parameters),
+                lambda parameters, _: parameters_in(rank, parameters),
                 alone=True,
                 observes=False,
             )
@@ -158,13 +155,6 @@ class LocalRunner:
         if len(self._replicas) > _MOST_SPLITS:
             del self._replicas[next(iter(self._replicas))]
         return replicas
-
-    def _go_in(self, rank: Rank, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """What a replica has for `parameters`, and tokens."""
-        moves: list[Move] = ["share"] * len(parameters)
-        doing = "the gradients of the parameters"
-        tokens, leaves = go_in(rank, doing, parameters, moves, borrow=False)
-        return leaves, tokens
 
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
         """Puts in `wholes` the mean over ranks of what the forward has written to buffers."""

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batch import tensors_of
+from .copies import cells_of
 from .tree import CONTAINERS, items
 
 _DEPTH, _MOST = 4, 256  # how far to look, and at how many things in a container
@@ -106,8 +107,7 @@ class Keepsakes:
         found = {id(c): c for hook in hooks for c in _containers(hook, _DEPTH)}
         self._kept = [(container, container.copy()) for container in found.values()]
         functions = [hook for hook in hooks if isinstance(hook, FunctionType)]
-        cells = [cell for function in functions for cell in function.__closure__ or ()]
-        self._cells = [(cell, cell.cell_contents) for cell in cells if _contents(cell) is not None]
+        self._cells = [pair for function in functions for pair in cells_of(function)]
         self._globals = [
             (function.__globals__, name, function.__globals__[name])
             for function in functions
@@ -155,7 +155,7 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
         yield value
         children = list(value.values()) if isinstance(value, dict) else list(value)
     elif isinstance(value, FunctionType):
-        cells = [_contents(cell) for cell in value.__closure__ or ()]
+        cells = [content for _, content in cells_of(value)]
         named = [value.__globals__.get(name) for name in value.__code__.co_names]
         children = [*cells, *(child for child in named if isinstance(child, CONTAINERS))]
     elif isinstance(value, MethodType):
@@ -168,10 +168,3 @@ def _containers(value: Any, depth: int) -> Iterator[Any]:
         children = [vars(value)] if hasattr(value, "__dict__") else []
     for child in children[:_MOST]:
         yield from _containers(child, depth - 1)
-
-
-def _contents(cell: Any) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not yet assigned
-        return None

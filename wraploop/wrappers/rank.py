@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wraploop.processes.channel import Channel
+from wraploop.processes.channel import Channel, PeerError
 from wraploop.processes.packing import pack, size_of, unpack, unpack_sparse
 
 from .batch import zeros_like_rows
 from .border import Move, weighted_mean
-from .shard import Shard
+from .shard import Shard, note
 
 _SMALL = 1 << 14  # bytes, up to which a sum is taken from everyone's terms in one exchange
 _USED, _DIFFERENTIABLE, _SPARSE = 1, 2, 4
@@ -61,6 +61,17 @@ class Rank(Shard):
         self.rows = self.counts[channel.rank]
         self.size = max(1, self.rows)
         self.weight = self.rows / max(1, sum(self.counts))
+
+    def tell(self, error: BaseException, has: str) -> None:
+        """Tells the others of an `error` here, unless it is from them or ends everything anyway.
+
+        Args:
+            error: what was raised.
+            has: how many rows this rank has, for the note on the error.
+        """
+        if isinstance(error, Exception) and not isinstance(error, PeerError):
+            note(error, f"rank {self.channel.rank}, which has {has}")
+            self.channel.fail(error)
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all ranks' `tensor`."""

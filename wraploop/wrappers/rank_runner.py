@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from wraploop.processes.channel import Channel, PeerError, fingerprint
+from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
 from .batch import Nest, shared, split
 from .border import Move
 from .call import Call
 from .change import Change
-from .internals import depends_on, quiet_compiler, version_of
+from .internals import compiling, depends_on, version_of
 from .noise import own_noise
 from .observers import Keepsakes, Observation
 from .outputs import (
@@ -31,9 +30,9 @@ from .outputs import (
 )
 from .probe import Probe
 from .rank import Rank
-from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in
+from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in, parameters_in
 from .replicas import Replicas
-from .shard import note, running
+from .shard import running
 from .tree import Place
 
 
@@ -61,10 +60,7 @@ class RankRunner:
             return self._run(call, rank, rows)
         except BaseException as error:
             self._replicas.forget()
-            if isinstance(error, PeerError) or not isinstance(error, Exception):
-                raise
-            note(error, f"rank {self._channel.rank}, which has {rank.rows} of {rows} rows")
-            self._channel.fail(error)
+            rank.tell(error, f"{rank.rows} of {rows} rows")
             raise
 
     def _run(self, call: Call, rank: Rank, total: int) -> Nest:
@@ -89,8 +85,7 @@ class RankRunner:
         # Run
         keepsakes = Keepsakes(replica.hooks)
         before = [version_of(part) for part in taken]
-        quiet = quiet_compiler() if tree.is_compiled else nullcontext()
-        with running(rank), own_noise(self._channel.rank) as noise, quiet:
+        with running(rank), own_noise(self._channel.rank) as noise, compiling(tree.is_compiled):
             output = call.on(replica.module, taken)
         keepsakes.restore()
         rank.drew = noise.drew
@@ -163,11 +158,7 @@ class RankRunner:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What the replica has for `parameters`, and tokens."""
         rank = Rank(self._channel, [0] * self._channel.world_size, self._name)
-        moves: list[Move] = ["share"] * len(parameters)
-        tokens, leaves = go_in(
-            rank, "the gradients of the parameters", parameters, moves, borrow=True
-        )
-        return leaves, tokens
+        return parameters_in(rank, parameters)
 
     def _description(self, call: Call, ran: Ran, tensors: list[Tensor]) -> str:
         """What this rank has run, to be the same on every rank."""

@@ -234,6 +234,13 @@ def go_in(
     return [], [rank.take(w, move, borrow=borrow) for w, move in zip(wholes, moves, strict=True)]
 
 
+def parameters_in(rank: Rank, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What a replica has for `parameters`, and tokens that its outputs must depend on."""
+    moves: list[Move] = ["share"] * len(parameters)
+    tokens, leaves = go_in(rank, "the gradients of the parameters", parameters, moves, borrow=False)
+    return leaves, tokens
+
+
 def come_out(
     rank: Rank,
     doing: str,
