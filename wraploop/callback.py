@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from wraploop.events import Cancel, CancelEpoch, CancelStep, Event, FitBegin, FitEnd, graver
@@ -54,10 +54,15 @@ class Callback:
 
     A callback declares what it reads and writes, as attributes of the learner, `"metrics"` or
     `"step.loss"`. Who writes comes before who reads; the rest keeps the order of the list.
+
+    Attributes:
+        reads, writes: names of what it reads and writes.
+        fires: events of your own that it fires with `learner.handle`.
     """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
+    fires: tuple[type[Event], ...] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -67,7 +72,23 @@ class Callback:
                 raise TypeError(f"{cls.__name__}.{name} is a tuple of names; write ({paths!r},).")
 
     def attach(self, learner: Learner) -> None:
-        """Called when the callback joins a learner, before anything runs."""
+        """Called when the callback first joins a learner, before anything runs."""
+
+    def around(self, callback: Callback, call: Call) -> Call:
+        """What is called instead of `call`, a method of any of the learner's callbacks."""
+        return call
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved for training to go on from here; nothing unless overridden."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` has returned."""
+
+    @property
+    def unwrapped(self) -> Callback:
+        """The callback itself, where another stands around it; see `throttle`."""
+        return self
 
     def handlers(self) -> list[Handler]:
         """The marked methods with their events and phases, in the order of definition."""
@@ -79,23 +100,28 @@ class Callback:
         return f"{type(self).__name__}()"
 
 
-class Table(dict[type[Event], tuple[Call, ...]]):
-    """Which methods answer an event in one phase, in order; worked out at its first use."""
+class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
+    """Who answers an event in one phase, with what, in order; worked out at its first use."""
 
     def __init__(self, callbacks: Iterable[Callback], phase: type) -> None:
         super().__init__()
         self._callbacks, self._phase = callbacks, phase
 
-    def __missing__(self, event: type[Event]) -> tuple[Call, ...]:
+    def __missing__(self, event: type[Event]) -> tuple[tuple[Callback, Call], ...]:
         calls = [
-            call
+            (callback, call)
             for callback in self._callbacks
             for on_event, on_phase, call in callback.handlers()
             if issubclass(event, on_event)
             if on_phase is Phase or issubclass(self._phase, on_phase)
         ]
-        self[event] = tuple(dict.fromkeys(calls))
+        self[event] = tuple((who, self._around(who, call)) for who, call in dict.fromkeys(calls))
         return self[event]
+
+    def _around(self, callback: Callback, call: Call) -> Call:
+        for other in self._callbacks:
+            call = other.around(callback, call)
+        return call
 
 
 class Callbacks:
@@ -109,21 +135,27 @@ class Callbacks:
     def __init__(self, learner: Learner, callbacks: Iterable[Callback]) -> None:
         self._learner = learner
         self._listed: list[Callback] = []
+        self._attached: list[Callback] = []
         self._tables: dict[type, Table] = {}
         self.choose_table(type(None))
         self.set(callbacks)
+
+    @property
+    def listed(self) -> list[Callback]:
+        """The callbacks in the order in which they were given."""
+        return list(self._listed)
 
     def set(self, callbacks: Iterable[Callback]) -> None:
         """Replaces all callbacks by these."""
         listed = list(callbacks)
         for callback in listed:
             _check_callback(callback)
-        self._ordered = in_order(listed)
-        before, self._listed = self._listed, listed
+        self._ordered, self._listed = in_order(listed), listed
         for table in self._tables.values():
             table.clear()
         for callback in listed:
-            if not any(callback is old for old in before):
+            if not any(callback is old for old in self._attached):
+                self._attached.append(callback)
                 callback.attach(self._learner)
 
     def add(self, callback: Callback) -> None:
@@ -131,26 +163,28 @@ class Callbacks:
         self.set([*self._listed, callback])
 
     def get(self, kind: type[_Kind]) -> _Kind | None:
-        """The first callback of this type, or `None`."""
-        return next((callback for callback in self._listed if isinstance(callback, kind)), None)
+        """The first callback of this type, also if it is throttled, or `None`."""
+        found = (callback.unwrapped for callback in self._listed)
+        return next((callback for callback in found if isinstance(callback, kind)), None)
 
     def remove(self, kind: type[_Kind]) -> _Kind | None:
         """Takes out the first callback of this type and returns it, or `None`."""
         found = self.get(kind)
-        self.set(callback for callback in self._listed if callback is not found)
+        self.set(callback for callback in self._listed if callback.unwrapped is not found)
         return found
 
     def replace(self, callback: Callback) -> Callback | None:
         """Puts `callback` where the first of its type was, which is returned; else adds it."""
-        old = self.get(type(callback))
+        _check_callback(callback)
+        old = self.get(type(callback.unwrapped))
         if old is None:
             self.add(callback)
         else:
-            self.set(callback if each is old else each for each in self._listed)
+            self.set(callback if each.unwrapped is old else each for each in self._listed)
         return old
 
     def choose_table(self, phase: type) -> None:
-        """Makes `table` say which methods answer which event in phases of this type."""
+        """Makes `table` say who answers which event in phases of this type."""
         self.table = self._tables.setdefault(phase, Table(self, phase))
 
     def call(self, event: Event) -> None:
@@ -162,11 +196,11 @@ class Callbacks:
         learner, calls = self._learner, self.table[type(event)]
         outer, learner.event, cancel = learner.event, event, None
         try:
-            for call in calls:
+            for callback, call in calls:
                 try:
                     call(learner)
                 except Cancel as error:
-                    error.source = error.source or getattr(call, "__self__", call)
+                    error.source = error.source or callback.unwrapped
                     cancel = graver(cancel, error)
             if cancel is not None:
                 raise _in_place(cancel, learner)
@@ -195,6 +229,8 @@ def _check_callback(callback: Any) -> None:
     if isinstance(callback, Callback):
         return
     hint = " Make one of it first: add parentheses." if isinstance(callback, type) else ""
+    if not hint and callable(callback):
+        hint = " Make one of a function with FunctionCallback, or `@learner.on(event)`."
     raise TypeError(f"Expected a Callback, and got {callback!r}.{hint}")
 
 

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import random
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 from wraploop import processes
+from wraploop.processes import random_state
 
 
 def shard(batches: Iterable[Any]) -> ShardedBatches:
@@ -144,19 +143,19 @@ class _RandomState:
 
     def agree(self) -> None:
         """Takes rank 0's for all, which may have drawn meanwhile."""
-        self._own = _random_state()
+        self._own = random_state.get()
         self._state = processes.broadcast(self._own)
 
     @contextmanager
     def used(self) -> Iterator[None]:
         """A block that draws from it, and leaves the process's own as it was."""
-        own = _random_state()
-        _set_random_state(self._state)
+        own = random_state.get()
+        random_state.put(self._state)
         try:
             yield
         finally:
-            self._state = _random_state()
-            _set_random_state(own)
+            self._state = random_state.get()
+            random_state.put(own)
 
     def iterated(self, items: Iterable[Any]) -> Iterator[Any]:
         """The `items`, while they are made drawing from it."""
@@ -174,30 +173,13 @@ class _RandomState:
 
     def hand_back(self) -> None:
         """Has rank 0 go on from here, as one process would, unless it has drawn meanwhile."""
-        own = _random_state()
-        if processes.rank() == 0 and _same(own, self._own):
-            _set_random_state(self._state)
+        own = random_state.get()
+        if processes.rank() == 0 and random_state.same(own, self._own):
+            random_state.put(self._state)
             self._own = self._state
 
 
 _END = object()
-
-
-def _random_state() -> tuple[Any, ...]:
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
-
-
-def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
-    return torch.equal(a[0], b[0]) and a[1] == b[1] and str(a[2]) == str(b[2])
-
-
-def _set_random_state(state: tuple[Any, ...]) -> None:
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-    numpy = sys.modules.get("numpy")
-    if numpy and state[2]:
-        numpy.random.set_state(state[2])
 
 
 def _reads_by_index(batches: Any) -> bool:

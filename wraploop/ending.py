@@ -2,51 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from wraploop.callback import Callbacks
 from wraploop.events import Event, graver
 
+Due = list[type[Event]]  # the ends of all that was begun, innermost first
 
-class Ending:
-    """Ends whatever is begun while it is open: each once, innermost first, also after an error.
 
-    Args:
-        due: the ends of all that was begun, innermost first.
-        callbacks: are called for the ends.
-        cut: is told of the error that leaves the body, if one does, before the ends are fired.
+@contextmanager
+def ending(due: Due, callbacks: Callbacks, cut: Callable[[BaseException], None]) -> Iterator[None]:
+    """Ends whatever is begun while it is open, also after an error, of which `cut` is told first.
 
     Raises:
         BaseException: the gravest of what the body and the ends raised.
     """
+    outer = len(due)
+    try:
+        yield
+    except BaseException as error:
+        cut(error)
+        end(due, outer, callbacks, error)
+        raise
+    end(due, outer, callbacks)
 
-    __slots__ = ("_callbacks", "_cut", "_due", "_outer")
 
-    def __init__(
-        self,
-        due: list[type[Event]],
-        callbacks: Callbacks,
-        cut: Callable[[BaseException], None],
-    ) -> None:
-        self._due, self._callbacks, self._cut = due, callbacks, cut
+def end(due: Due, outer: int, callbacks: Callbacks, error: BaseException | None = None) -> None:
+    """Fires the ends that are due, innermost first, each once, until `outer` are left.
 
-    def __enter__(self) -> None:
-        self._outer = len(self._due)
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is not None:
-            self._cut(error)
-        cause = error
-        while len(self._due) > self._outer:
-            end = self._due.pop(0)
-            try:
-                if self._callbacks.table[end]:
-                    self._callbacks.call(end())
-            except BaseException as another:
-                cause = graver(cause, another)
+    Raises:
+        BaseException: what they raise that is graver than `error`.
+    """
+    cause = error
+    while len(due) > outer:
+        kind = due.pop(0)
         try:
-            if cause is not None and cause is not error:
-                raise cause
-        finally:
-            del cause, error  # a traceback holds this frame
+            if callbacks.table[kind]:
+                callbacks.call(kind())
+        except BaseException as another:
+            cause = graver(cause, another)
+    try:
+        if cause is not None and cause is not error:
+            raise cause
+    finally:
+        del cause, error  # a traceback holds this frame

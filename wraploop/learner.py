@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
 from wraploop import named
 from wraploop.callback import Callback, Callbacks, WrittenBy
-from wraploop.callbacks import with_defaults
-from wraploop.ending import Ending
+from wraploop.callbacks.defaults import with_defaults
+from wraploop.callbacks.function import FunctionCallback
+from wraploop.callbacks.strict import Strict
+from wraploop.ending import Due, end, ending
 from wraploop.events import (
     CancelEpoch,
     CancelFit,
@@ -22,8 +24,13 @@ from wraploop.events import (
     FitBegin,
     StepBegin,
 )
-from wraploop.phases import Batch, Phase, TrainingPhase, ValidationPhase, checked_phase, no_loss_fn
+from wraploop.fired import check_fired
+from wraploop.phases import Batch, Phase, checked_phase, no_loss_fn, standard_phases
+from wraploop.plan import plan
 from wraploop.running import Batches, Epoch, StepState
+from wraploop.swap import Swap, swap
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 class Learner:
@@ -41,10 +48,12 @@ class Learner:
         callbacks: called in the order that follows from what they read and write.
         default_callbacks: adds history, metrics, progress bar, epoch table and NaN stop, each
             unless `callbacks` has one of its kind.
+        strict: callbacks that read or write what they have not declared raise `UndeclaredAccess`.
 
     Attributes:
         step: the state of the running step, or of the last; `in_step` tells which.
         phase, running: the running phase and `Epoch`, `None` between epochs.
+        phases: those that the running fit runs, or the last.
         event: the event that callbacks are being called for.
         stopped: the `CancelFit` that ended the last fit, else `None`.
 
@@ -53,6 +62,7 @@ class Learner:
 
     Examples:
         >>> from wraploop.callbacks.history import History
+        >>> from wraploop.phases import TrainingPhase
         >>> batches = [(torch.ones(8, 1), torch.ones(8, 1))] * 16
         >>> learner = Learner(
         ...     nn.Linear(1, 1), nn.functional.mse_loss, optimizer=torch.optim.SGD, data=batches,
@@ -65,6 +75,8 @@ class Learner:
 
     history: Any = WrittenBy("History()")
     metrics: Any = WrittenBy("Metrics()")
+    hyperparameters: Any = WrittenBy("Scheduler(...)")
+    traces: Any = WrittenBy("Traces(...)")
 
     def __init__(
         self,
@@ -75,6 +87,7 @@ class Learner:
         data: Batches | Mapping[str, Batches] | None = None,
         callbacks: Iterable[Callback] = (),
         default_callbacks: bool = True,
+        strict: bool = False,
     ) -> None:
         self.model: Any = named.models(model)
         self.optimizer: Any = named.optimizers(self.model, optimizer)
@@ -83,11 +96,12 @@ class Learner:
         self.step, self.in_step = StepState(), False
         self.phase: Any = None  # a Phase while one runs
         self.running: Any = None  # an Epoch while one runs
+        self.phases: list[Phase] = standard_phases(self.data)
         self.event: Event | None = None
         self.stopped: CancelFit | None = None
-        self._due: list[type[Event]] = []  # the ends of what was begun, innermost first
+        self._due: Due = []
         callbacks = with_defaults(callbacks) if default_callbacks else callbacks
-        self.callbacks = Callbacks(self, callbacks)
+        self.callbacks = Callbacks(self, [*callbacks, *[Strict()] * strict])
 
     def fit(self, epochs: int, phases: Iterable[Phase | tuple[Phase, Batches]] = ()) -> None:
         """Runs each phase over its batches, one after the other, `epochs` times.
@@ -98,13 +112,16 @@ class Learner:
                 there is data for it, validation.
 
         Raises:
-            ValueError: there are no batches for a phase.
+            ValueError: there are no batches for a phase, or a callback answers an event that none
+                of the phases fires.
         """
-        phases = phases or [TrainingPhase()] + [ValidationPhase()] * ("validation" in self.data)
+        phases = list(phases) or standard_phases(self.data)
         plan = [p if isinstance(p, tuple) else (p, named.batches(p, self.data)) for p in phases]
+        self.phases = [checked_phase(phase) for phase, _ in plan]
+        check_fired(self.callbacks, self.phases)
         self.stopped = None
         try:
-            with Ending(self._due, self.callbacks, self._stop):
+            with ending(self._due, self.callbacks, self._stop):
                 self.handle(FitBegin())
                 for _ in range(epochs):
                     for phase, batches in plan:
@@ -133,6 +150,7 @@ class Learner:
             batches: what iterating over the epoch gives, and how long the progress bar is.
 
         Examples:
+            >>> from wraploop.phases import TrainingPhase
             >>> learner = Learner(
             ...     nn.Linear(1, 1), nn.L1Loss(), optimizer=torch.optim.SGD, default_callbacks=False
             ... )
@@ -145,7 +163,7 @@ class Learner:
         """
         epoch = Epoch(phase, batches)
         try:
-            with self._inside(phase, epoch), Ending(self._due, self.callbacks, epoch.cut):
+            with self._inside(phase, epoch), ending(self._due, self.callbacks, epoch.cut):
                 try:
                     self.handle(EpochBegin())
                 except CancelEpoch:
@@ -170,10 +188,16 @@ class Learner:
         state = StepState()
         state.batch = batch
         self.step, self.in_step = state, True
+        due, begun = self._due, len(self._due)
         try:
-            with Ending(self._due, self.callbacks, state.cut):
+            try:  # not `with ending(...)`, which is slower
                 self.handle(StepBegin())
                 phase.step(self, state.batch)
+            except BaseException as error:
+                state.cancelled = True
+                end(due, begun, self.callbacks, error)
+                raise
+            end(due, begun, self.callbacks)
         except CancelStep:
             pass
         finally:
@@ -196,6 +220,66 @@ class Learner:
         if self.callbacks.table[kind]:
             self.callbacks.call(event)
 
+    def on(
+        self,
+        event: type[Event],
+        phase: type[Phase] = Phase,
+        *,
+        reads: tuple[str, ...] = (),
+        writes: tuple[str, ...] = (),
+    ) -> Callable[[_Function], _Function]:
+        """Has a function called with the learner at an event: a decorator.
+
+        Args:
+            event: when it is called; subclasses match.
+            phase: in which phases; subclasses match.
+            reads: names of what it reads, as of any callback.
+            writes: names of what it writes.
+
+        Examples:
+            >>> from wraploop.events import FitEnd
+            >>> learner = Learner(nn.Linear(1, 1), optimizer=torch.optim.SGD, data=[])
+            >>> @learner.on(FitEnd, reads=("phases",))
+            ... def say(learner):
+            ...     print(learner.phases[0].name, "is done")
+            >>> learner.fit(0)
+            TrainingPhase is done
+        """
+
+        def add(function: _Function) -> _Function:
+            callback = FunctionCallback(function, event, phase, reads=reads, writes=writes)
+            self.callbacks.add(callback)
+            return function
+
+        return add
+
+    @contextmanager
+    def using(self, *averages: Swap, **swapped: Any) -> Iterator[None]:
+        """While open, other models, optimizers, data or callbacks; then all is put back.
+
+        What callbacks of the block write, such as a history of its own, ends with it too.
+
+        Args:
+            averages: what puts something else in place of the weights: an `EMA`.
+            swapped: `model`, `optimizer`, `loss_fn`, `data` and `callbacks`, as `Learner` takes
+                them; what is not named stays. `callbacks` replace all that there are.
+
+        Raises:
+            TypeError: another name.
+
+        Examples:
+            >>> learner = Learner(nn.Linear(1, 1), optimizer=torch.optim.SGD)
+            >>> with learner.using(optimizer=torch.optim.Adam, callbacks=[]):
+            ...     type(learner.optimizer).__name__, len(learner.callbacks)
+            ('Adam', 0)
+            >>> type(learner.optimizer).__name__
+            'SGD'
+        """
+        with swap(self, swapped), ExitStack() as stack:
+            for average in averages:
+                stack.enter_context(average.in_use(self))
+            yield
+
     @property
     def models(self) -> dict[str, nn.Module]:
         """The models by name, also if there is but one: then it is called `model`."""
@@ -215,6 +299,13 @@ class Learner:
 
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def plan(self) -> str:
+        """What there is, and which callbacks answer which event in which order."""
+        return plan(self)
+
+    def __str__(self) -> str:
+        return plan(self)
 
     def __repr__(self) -> str:
         models = ", ".join(self.models)

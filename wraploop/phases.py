@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from wraploop.events import BackwardBegin, BackwardEnd, LossBegin
+from wraploop.events import BackwardBegin, BackwardEnd, Event, LossBegin
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -29,14 +29,18 @@ class Phase(ABC):
         name: under which history and metrics are kept; the class's name unless given.
         data: the name in `learner.data` of the batches to run over.
         losses: the attributes of `learner.step` that are losses, 0-dim tensors.
+        fires: the events that `step` fires; `None` if that is not known.
     """
 
     name: str = "Phase"
     data: str = ""
     losses: tuple[str, ...] = ("loss",)
+    fires: tuple[type[Event], ...] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        if "step" in vars(cls) and "fires" not in vars(cls):
+            cls.fires = None
         if "name" not in vars(cls):
             cls.name = cls.__name__
         if isinstance(cls.losses, str):
@@ -84,6 +88,8 @@ class TrainingPhase(AbstractTrainingPhase):
     A step that is cancelled before its update leaves weights as they were, and no gradients.
     """
 
+    fires = (LossBegin, BackwardBegin, BackwardEnd)
+
     def step(self, learner: Learner, batch: Batch) -> None:
         """Forward, loss, backward, update."""
         state = learner.step
@@ -106,6 +112,8 @@ class TrainingPhase(AbstractTrainingPhase):
 class ValidationPhase(AbstractValidationPhase):
     """Outputs and loss on batches of `(inputs, targets)`; nothing is changed."""
 
+    fires = (LossBegin,)
+
     def step(self, learner: Learner, batch: Batch) -> None:
         """Forward and loss."""
         state = learner.step
@@ -113,6 +121,11 @@ class ValidationPhase(AbstractValidationPhase):
         state.outputs = learner.model(state.inputs)
         learner.handle(LossBegin())
         state.loss = learner.loss_fn(state.outputs, state.targets)
+
+
+def standard_phases(data: Mapping[str, Any]) -> list[Phase]:
+    """Training and, where there is data for it, validation."""
+    return [TrainingPhase(), *[ValidationPhase()] * ("validation" in data)]
 
 
 def checked_phase(phase: Any) -> Phase:

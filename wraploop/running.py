@@ -35,10 +35,6 @@ class StepState:
 
         def __setattr__(self, name: str, value: Any) -> None: ...
 
-    def cut(self, error: BaseException) -> None:
-        """An error or a cancellation leaves the step before it is done."""
-        self.cancelled = True
-
     def __repr__(self) -> str:
         return f"StepState({', '.join(vars(self))})"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from wraploop import processes
 from wraploop.callbacks.records import Series, number
@@ -28,7 +29,7 @@ class MeanMeter:
         steps: dict[str, Series],
     ) -> None:
         self.name, self.reads, self.function, self.steps = name, reads, function, steps
-        self.series = Series()
+        self.series = steps.get(name, Series())
         self.begin()
 
     def begin(self) -> None:
@@ -65,25 +66,36 @@ class MeanMeter:
 
 
 class StateMeter:
-    """A torchmetrics object of one phase."""
+    """A torchmetrics object of one phase.
+
+    It gathers the state of all processes, unless what they saw is one and the same: where each has
+    the global batch, gathering would count every row once for each process.
+    """
 
     def __init__(self, name: str, reads: tuple[str, ...], metric: Any) -> None:
         self.name, self.reads, self.metric = name, reads, copy.deepcopy(metric)
+        parts = self.metric.modules() if isinstance(self.metric, nn.Module) else []
+        self._asks: list[tuple[Any, Any]] = [
+            (part, part.distributed_available_fn)
+            for part in parts
+            if hasattr(part, "distributed_available_fn")
+        ]
         self.begin()
 
     def begin(self) -> None:
         """Starts an epoch."""
         self.metric.reset()
-        self.taken = False
+        self.taken, self._seen = False, ""
 
     def take(self, at: int, stored: Stored, rows: int) -> None:
         """Takes a step's value, if the step has what the metric reads."""
         if any(name not in stored for name in self.reads):
             return
         values = [_detached(stored[name]) for name in self.reads]
-        if not self.taken and isinstance(values[0], Tensor) and hasattr(self.metric, "to"):
-            self.metric.to(values[0].device)
-        self.taken = True
+        if not self.taken:
+            if isinstance(values[0], Tensor) and hasattr(self.metric, "to"):
+                self.metric.to(values[0].device)
+            self.taken, self._seen = True, _digest(values)
         with torch.no_grad():
             self.metric.update(*values)
 
@@ -91,6 +103,9 @@ class StateMeter:
         """The epoch's value by name, over all processes; nothing where no step had any."""
         if not processes.any(self.taken):
             return {}
+        is_one = processes.have_same(self._seen)
+        for part, is_distributed in self._asks:
+            part.distributed_available_fn = _never if is_one else is_distributed
         value = self.metric.compute()
         values = value if isinstance(value, Mapping) else {self.name: value}
         return {name: _as_number(name, each) for name, each in values.items()}
@@ -116,6 +131,21 @@ def _rows(batch: Any) -> int | None:
     if not isinstance(parts, (tuple, list, type({}.values()))):
         return None
     return next((rows for rows in map(_rows, parts) if rows is not None), None)
+
+
+def _never() -> bool:
+    return False
+
+
+def _digest(values: list[Any]) -> str:
+    """A digest of the numbers in tensors, if there are several processes to compare it."""
+    if processes.world_size() == 1:
+        return ""
+    digest = hashlib.blake2b()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(value.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _as_number(name: str, value: Any) -> float:

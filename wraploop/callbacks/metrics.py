@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import override
 
 from wraploop.callback import Callback, on
 from wraploop.callbacks.meters import MeanMeter, StateMeter, count_rows
@@ -39,6 +40,21 @@ class PhaseMetrics:
             if epoch in series.at
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """The numbers, as tensors."""
+        return {
+            kind: {name: series.state_dict() for name, series in getattr(self, kind).items()}
+            for kind in ("steps", "epochs")
+        }
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> PhaseMetrics:
+        """What `state_dict` was taken from."""
+        metrics = cls()
+        for kind, saved in state.items():
+            getattr(metrics, kind).update({name: Series.of(**saved[name]) for name in saved})
+        return metrics
+
     def __repr__(self) -> str:
         return f"PhaseMetrics(epochs={self.epochs})"
 
@@ -48,8 +64,7 @@ class Metric:
 
     Args:
         of: returns a number when called with the values named by `reads`, or has `update`,
-            `compute` and `reset`. Under several processes torchmetrics objects gather their state
-            themselves: where every process has the global batch, a count counts it once for each.
+            `compute` and `reset`, as torchmetrics objects have.
         name: of the metric; that of the function unless given.
         phase: the phases in which it is taken.
         reads: names in `learner.step`. A step without them is passed over.
@@ -95,14 +110,13 @@ class Metrics(Callback):
         ['accuracy', 'top']
     """
 
+    reads = ("history", "step")
     writes = ("metrics",)
 
     def __init__(self, *metrics: Any, **named: Any) -> None:
         pairs = [("", each) for each in metrics] + list(named.items())
         self.metrics = [_metric(each, name) for name, each in pairs]
         _check_names(self.names)
-        stored = {"batch", "loss", "rows"}.union(*(metric.reads for metric in self.metrics))
-        self.reads = ("history", *(f"step.{name}" for name in sorted(stored)))
         self._meters: dict[str, list[Meter]] = {}
 
     @property
@@ -110,9 +124,18 @@ class Metrics(Callback):
         """The names of the metrics, the losses aside."""
         return [metric.name for metric in self.metrics]
 
+    @override
     def attach(self, learner: Learner) -> None:
-        """Starts from nothing."""
-        learner.metrics = ByPhase(PhaseMetrics)
+        self._records = learner.metrics = ByPhase(PhaseMetrics)
+        self._meters = {}
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {name: record.state_dict() for name, record in self._records.items()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._records.put({name: PhaseMetrics.of(saved) for name, saved in state.items()})
         self._meters = {}
 
     @on(EpochBegin)

@@ -26,7 +26,7 @@ class ProgressBar(Callback):
         options: for `tqdm`, as in `ProgressBar(file=sys.stdout)`.
     """
 
-    reads = ("history", "step.loss")
+    reads = ("history", "step")
 
     def __init__(self, losses_every_s: float = 0.5, **options: Any) -> None:
         self.losses_every_s = losses_every_s

@@ -45,6 +45,10 @@ class ByPhase(Mapping[str, Record], Generic[Record]):
             record = self._records[phase.name] = self._empty()
         return record
 
+    def put(self, records: Mapping[str, Record]) -> None:
+        """Replaces all records by these, by the phases' names."""
+        self._records = dict(records)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._records)
 
@@ -89,6 +93,21 @@ class Series:
                 self._read()
             self._values.append(number(value))
         self.at.append(at)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The numbers and times as tensors."""
+        return {
+            "at": torch.tensor(self.at, dtype=torch.int64),
+            "values": torch.tensor(self.values, dtype=torch.float64),
+        }
+
+    @classmethod
+    def of(cls, at: Tensor, values: Tensor) -> Series:
+        """What `state_dict` was taken from."""
+        series = cls()
+        series.at.extend(at.tolist())
+        series._values.extend(values.tolist())
+        return series
 
     @property
     def values(self) -> array[float]:

@@ -1,40 +1,75 @@
-"""Callbacks that end the fit."""
+"""Ending the fit before a loss that is no number spoils the weights."""
 
 from __future__ import annotations
 
 import math
 from typing import TYPE_CHECKING
 
+from torch.optim import Optimizer
+from typing_extensions import override
+
 from wraploop import processes
-from wraploop.callback import Callback, on
+from wraploop.callback import on
 from wraploop.callbacks.meters import count_rows
 from wraploop.callbacks.records import number
-from wraploop.events import BackwardEnd, CancelFit
+from wraploop.callbacks.updates import AroundUpdates
+from wraploop.events import BackwardEnd, CancelFit, StepBegin, StepEnd
 from wraploop.phases import AbstractTrainingPhase
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
 
 
-class StopOnNaNLoss(Callback):
-    """Ends the fit when a loss is NaN, before the optimizer can spoil the weights.
+class StopOnNaNLoss(AroundUpdates):
+    """Ends the fit when a loss is NaN or infinite, before an update can spoil the weights.
 
-    One rank's NaN stops every rank at the same step. Of a phase with several losses, those are
-    looked at that the step has so far; a process without a row in the batch has no say. Reading
-    a loss waits for the device that computes it.
+    It looks at BackwardEnd; in a phase that does not fire it, before each update; and at StepEnd
+    if neither was. One rank's NaN stops every rank at the same step. Of a phase with several
+    losses, those are looked at that the step has so far; a process without a row in the batch has
+    no say. Reading a loss waits for the device that computes it.
     """
 
-    reads = ("step.batch", "step.loss")
+    reads = ("optimizer", "step")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._looked = False
+
+    @override
+    @on(StepBegin, AbstractTrainingPhase)
+    def watch(self, learner: Learner) -> None:
+        """Looks at updates where the phase does not say when its gradients are there."""
+        self._looked = False
+        if BackwardEnd not in (learner.phase.fires or ()):
+            super().watch(learner)
 
     @on(BackwardEnd, AbstractTrainingPhase)
     def check(self, learner: Learner) -> None:
         """Looks at every loss of the step so far, unless the step is cancelled already."""
         if learner.step.cancelled:  # other processes may know nothing of that
             return
+        self._looked = True
         stored = vars(learner.step)
         bad = ""
         for name in learner.phase.losses:
-            if name in stored and math.isnan(number(stored[name])):
-                bad = f"{bad} and {name}" if bad else name
-        if processes.any(bad != "" and count_rows(learner.step.batch) > 0):
-            raise CancelFit(f"{bad or 'the loss of another process'} is NaN")
+            if name in stored and not math.isfinite(value := number(stored[name])):
+                said = f"{name} is {'NaN' if math.isnan(value) else 'infinite'}"
+                bad = f"{bad} and {said}" if bad else said
+        if processes.any(bad != "" and count_rows(stored["batch"]) > 0):
+            raise CancelFit(bad or "the loss of another process is NaN or infinite")
+
+    @override
+    def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        try:
+            self.check(learner)
+        except CancelFit as stop:
+            stop.source = self
+            raise
+
+    @override
+    @on(StepEnd, AbstractTrainingPhase)
+    def unwatch(self, learner: Learner) -> None:
+        """Looks at the losses if nothing has made it look yet."""
+        super().unwatch(learner)
+        if not self._looked:
+            self.check(learner)

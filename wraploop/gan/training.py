@@ -61,6 +61,7 @@ class GANTraining(AbstractTrainingPhase):
     """
 
     losses = ("critic_loss", "generator_loss")
+    fires = (LossBegin, BackwardBegin, BackwardEnd)
 
     def __init__(
         self,

@@ -10,7 +10,6 @@ import atexit
 import builtins
 import os
 import pickle
-import random
 import sys
 from datetime import timedelta
 from types import TracebackType
@@ -20,9 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import random_state
 from .channel import Channel, PeerError
 
-__all__ = ["Channel", "PeerError"]
+__all__ = ["Channel", "PeerError", "random_state"]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -131,18 +131,16 @@ def _unpacked(packed: Tensor) -> Any:
     return pickle.loads(packed.numpy().tobytes())
 
 
+def have_same(value: Any) -> bool:
+    """Whether `value` (anything that pickles) is equal on all processes; the same answer on all."""
+    return not any(broadcast(value) != value)
+
+
 def align_random_state() -> None:
     """Gives every process rank 0's random state: torch's, Python's, and NumPy's if it is loaded."""
     if world_size() == 1:
         return
-    numpy = sys.modules.get("numpy")
-    state = broadcast(
-        (torch.get_rng_state(), random.getstate(), numpy.random.get_state() if numpy else None)
-    )
-    torch.set_rng_state(state[0])
-    random.setstate(state[1])
-    if numpy and state[2] is not None:
-        numpy.random.set_state(state[2])
+    random_state.put(broadcast(random_state.get()))
 
 
 def part_random_states() -> None:
@@ -150,8 +148,4 @@ def part_random_states() -> None:
     align_random_state()
     if world_size() == 1:
         return
-    seed = int(torch.randint(2**31, ())) + rank()
-    torch.manual_seed(seed)
-    random.seed(seed)
-    if numpy := sys.modules.get("numpy"):
-        numpy.random.seed(seed)
+    random_state.seed(int(torch.randint(2**31, ())) + rank())

@@ -1,0 +1,119 @@
+"""Averages of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from typing_extensions import override
+
+from wraploop.callbacks.updates import AroundUpdates, has_update, parameters_of
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+
+class EMA(AroundUpdates):
+    """Keeps an exponential moving average of the weights, brought up to date at each update.
+
+    `with learner.using(ema): ...` puts the averages in place of the weights, to evaluate, sample or
+    save; afterwards the weights are what they were. Buffers are the model's own.
+
+    Args:
+        decay: how much of the average stays at an update, between 0 and 1.
+        models: names of the models that are averaged; all of them unless given.
+
+    Attributes:
+        averages: by the model's name, tensors by the parameter's name; the keys are the plain
+            model's under any wrapper.
+
+    Raises:
+        ValueError: a decay outside of [0, 1); when it joins a learner, a model that there is not.
+
+    Examples:
+        >>> from functools import partial
+        >>> from torch import nn
+        >>> from wraploop.learner import Learner
+        >>> from wraploop.phases import ValidationPhase
+        >>> data = [(torch.ones(4, 2), torch.ones(4, 1))] * 8
+        >>> learner = Learner(
+        ...     nn.Linear(2, 1), nn.functional.mse_loss, data=(data, data), callbacks=[EMA(0.9)],
+        ...     optimizer=partial(torch.optim.SGD, lr=0.1), default_callbacks=False,
+        ... )
+        >>> learner.fit(1)
+        >>> with learner.using(learner.callbacks.get(EMA)):
+        ...     learner.epoch(ValidationPhase())
+    """
+
+    reads = ("model", "optimizer")
+
+    def __init__(self, decay: float = 0.999, *, models: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"The decay is at least 0 and below 1, and got {decay}.")
+        self.decay, self.models = decay, models
+        self.averages: dict[str, dict[str, Tensor]] = {}
+        self._update = get_ema_multi_avg_fn(decay)
+
+    @override
+    def attach(self, learner: Learner) -> None:
+        unknown = [name for name in self.models if name not in learner.models]
+        if unknown:
+            raise ValueError(f"No models {unknown} to average; there are {list(learner.models)}.")
+        self.averages = {name: _copies(learner, name) for name in self.models or learner.models}
+
+    @override
+    @torch.no_grad()
+    def after(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        if not has_update(optimizer):  # gradients are still being accumulated
+            return
+        held = set(parameters_of(optimizer))
+        averages, weights = [], []
+        for model, kept in self.averages.items():
+            for key, weight in learner.models[model].named_parameters():
+                if weight in held:
+                    averages.append(kept.setdefault(key, weight.detach().clone()))
+                    weights.append(weight)
+        if weights:
+            self._update(averages, weights, 0)
+
+    @contextmanager
+    def in_use(self, learner: Learner) -> Iterator[None]:
+        """While open, the models have the averages as their weights."""
+        weights = {name: _copies(learner, name) for name in self.averages}
+        try:
+            _put(learner, self.averages)
+            yield
+        finally:
+            _put(learner, weights)
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"averages": self.averages}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for model, averages in state["averages"].items():
+            for key, average in averages.items():
+                self.averages.setdefault(model, {})[key] = average.clone()
+
+    def __repr__(self) -> str:
+        return f"EMA({self.decay})"
+
+
+def _copies(learner: Learner, name: str) -> dict[str, Tensor]:
+    parameters = learner.models[name].named_parameters()
+    return {key: parameter.detach().clone() for key, parameter in parameters}
+
+
+@torch.no_grad()
+def _put(learner: Learner, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
+    for name, tensors in weights.items():
+        for key, parameter in learner.models[name].named_parameters():
+            if key in tensors:
+                parameter.copy_(tensors[key])

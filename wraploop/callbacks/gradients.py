@@ -1,0 +1,153 @@
+"""What happens to gradients between backward and update."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from wraploop import processes
+from wraploop.callback import on
+from wraploop.callbacks.meters import count_rows
+from wraploop.callbacks.updates import AroundUpdates, parameters_of
+from wraploop.events import EpochEnd
+from wraploop.phases import AbstractTrainingPhase
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+
+class ClipGradients(AroundUpdates):
+    """Bounds the gradients of each update, those of one optimizer together.
+
+    With `AccumulateGradients` it bounds what has been accumulated. The norms before clipping are
+    in `learner.step.gradient_norm`, by the optimizer's name.
+
+    Args:
+        max_norm: longer gradients are scaled to this norm, by `torch.nn.utils.clip_grad_norm_`.
+        max_value: each element is clamped to plus or minus this, before the norm is taken.
+        norm_type: 2, or another p, or infinity.
+
+    Raises:
+        ValueError: there is no bound, or a bound is not positive.
+    """
+
+    reads = ("optimizer", "step.accumulated")
+    writes = ("step.gradient_norm",)
+    needs_gradients = True
+
+    def __init__(
+        self,
+        max_norm: float = float("inf"),
+        *,
+        max_value: float = float("inf"),
+        norm_type: float = 2.0,
+    ) -> None:
+        super().__init__()
+        if not (max_norm > 0 and max_value > 0) or max_norm == max_value == float("inf"):
+            raise ValueError(
+                "Give a positive bound, max_norm or max_value or both, "
+                f"and got {max_norm=}, {max_value=}."
+            )
+        self.max_norm, self.max_value, self.norm_type = max_norm, max_value, norm_type
+
+    @override
+    def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        parameters = [p for p in parameters_of(optimizer) if p.grad is not None]
+        if not parameters:
+            return
+        if self.max_value < float("inf"):
+            clip_grad_value_(parameters, self.max_value)
+        norm = clip_grad_norm_(parameters, self.max_norm, self.norm_type)
+        norms = getattr(learner.step, "gradient_norm", {})
+        learner.step.gradient_norm = {**norms, name: norm}
+
+
+class AccumulateGradients(AroundUpdates):
+    """Makes one update from the gradients of several steps, as if their batches were one.
+
+    The phase stays as it is: between, its `optimizer.step()` finds no gradients, and so changes
+    nothing, moments and weight decay included; each optimizer counts its own updates. What is left
+    at the end of an epoch makes an update of its own. Schedulers count steps, not updates.
+
+    Args:
+        steps: how many make one update.
+        reduction: that of the loss. For `"mean"`, a mean over rows, each step weighs as many rows
+            as it has, over all processes; with `"sum"` gradients are added.
+
+    Raises:
+        ValueError: fewer than 1 step, or another reduction.
+    """
+
+    reads = ("optimizer", "step.batch", "step.rows")
+    writes = ("step.accumulated",)
+    needs_gradients = True
+
+    def __init__(self, steps: int, *, reduction: str = "mean") -> None:
+        super().__init__()
+        if steps < 1 or reduction not in ("mean", "sum"):
+            raise ValueError(
+                "Expected at least 1 step, and the reduction 'mean' or 'sum', "
+                f"and got {steps=}, {reduction=}."
+            )
+        self.steps, self.reduction = steps, reduction
+        self._sums: dict[str, _Sum] = {}
+
+    @override
+    def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        so_far = self._sums.setdefault(name, _Sum())
+        weight = processes.sum(_rows(learner)) if self.reduction == "mean" else 1.0
+        so_far.add(optimizer, weight)
+        is_due = so_far.steps == self.steps
+        if is_due:
+            self._give_back(name, optimizer)
+        learner.step.accumulated = 0 if is_due else so_far.steps
+
+    @on(EpochEnd, AbstractTrainingPhase)
+    def flush(self, learner: Learner) -> None:
+        """Makes an update from what is left, unless the epoch is broken."""
+        for name, optimizer in learner.optimizers.items():
+            if learner.running.broken or not self._sums.get(name):
+                continue
+            self._give_back(name, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+        self._sums = {}
+
+    def _give_back(self, name: str, optimizer: Optimizer) -> None:
+        so_far = self._sums.pop(name)
+        factor = 1 / so_far.weight if self.reduction == "mean" and so_far.weight else 1.0
+        for parameter in parameters_of(optimizer):
+            if parameter in so_far.gradients:
+                parameter.grad = so_far.gradients[parameter] * factor
+
+
+class _Sum:
+    """The sum of gradients over some steps."""
+
+    def __init__(self) -> None:
+        self.steps, self.weight = 0, 0.0
+        self.gradients: dict[Tensor, Tensor] = {}
+
+    @torch.no_grad()
+    def add(self, optimizer: Optimizer, weight: float) -> None:
+        """Takes the parameters' gradients away."""
+        self.steps += 1
+        self.weight += weight
+        for parameter in parameters_of(optimizer):
+            if parameter.grad is None:
+                continue
+            weighted = parameter.grad * weight
+            so_far = self.gradients.get(parameter)
+            self.gradients[parameter] = weighted if so_far is None else so_far + weighted
+            parameter.grad = None
+
+
+def _rows(learner: Learner) -> int:
+    stored: Mapping[str, Any] = vars(learner.step)
+    return stored["rows"] if "rows" in stored else count_rows(stored["batch"])

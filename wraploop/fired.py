@@ -1,0 +1,56 @@
+"""Whether events that callbacks answer are ever fired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from wraploop.callback import Callback
+from wraploop.events import (
+    EpochBegin,
+    EpochEnd,
+    Event,
+    FitBegin,
+    FitEnd,
+    StepBegin,
+    StepEnd,
+)
+from wraploop.phases import Phase
+
+_ALWAYS = (FitBegin, FitEnd, EpochBegin, EpochEnd, StepBegin, StepEnd)
+
+
+def check_fired(callbacks: Iterable[Callback], phases: Iterable[Phase]) -> None:
+    """Checks that each event that a callback answers in one of the phases can happen there.
+
+    A phase that does not say what it fires may fire anything.
+
+    Raises:
+        ValueError: a callback answers an event that nothing fires.
+    """
+    callbacks, phases = list(callbacks), list(phases)
+    by_callbacks = [event for callback in callbacks for event in callback.fires]
+    for callback in callbacks:
+        for event, kind, call in callback.handlers():
+            there = [phase for phase in phases if isinstance(phase, kind)]
+            if not there or any(phase.fires is None for phase in there):
+                continue
+            fired = {*_ALWAYS, *by_callbacks, *(each for p in there for each in p.fires or ())}
+            fired |= {each.end for each in fired if each.end is not None}
+            if not any(issubclass(each, event) for each in fired):
+                raise ValueError(_message(callback, event, call, there, fired))
+
+
+def _message(
+    callback: Callback,
+    event: type[Event],
+    call: object,
+    there: list[Phase],
+    fired: set[type[Event]],
+) -> str:
+    method = getattr(call, "__name__", "a method")
+    return (
+        f"{callback.unwrapped!r}.{method} answers {event.__name__}, which never happens: "
+        f"{', '.join(phase.name for phase in there)} fires "
+        f"{', '.join(sorted(each.__name__ for each in fired))}. If a phase or a callback does fire "
+        f"it, say so in its class: `fires = ({event.__name__},)`."
+    )

@@ -1,0 +1,62 @@
+"""The random state of this process: torch's, Python's, and NumPy's if it is loaded."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+State = tuple[Any, ...]
+
+
+def get() -> State:
+    """The state, that of the CPU alone of torch's."""
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+
+
+def put(state: State) -> None:
+    """Takes over a state that `get` has returned."""
+    torch.set_rng_state(state[0])
+    random.setstate(state[1])
+    numpy = sys.modules.get("numpy")
+    if numpy and state[2]:
+        numpy.random.set_state(state[2])
+
+
+def seed(number: int) -> None:
+    """Starts from a seed."""
+    torch.manual_seed(number)
+    random.seed(number)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(number)
+
+
+def same(a: State, b: State) -> bool:
+    """Whether two states are equal."""
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and str(a[2]) == str(b[2])
+
+
+@contextmanager
+def kept() -> Iterator[None]:
+    """Afterwards the state is what it was before, that of CUDA devices too.
+
+    Examples:
+        >>> _ = torch.manual_seed(0)
+        >>> with kept():
+        ...     drawn = torch.rand(3)
+        >>> torch.equal(drawn, torch.rand(3))
+        True
+    """
+    state = get()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    try:
+        yield
+    finally:
+        put(state)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
