@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -14,6 +15,7 @@ from wraploop.callback import Callback, Callbacks, WrittenBy
 from wraploop.callbacks.defaults import with_defaults
 from wraploop.callbacks.function import FunctionCallback
 from wraploop.callbacks.strict import Strict
+from wraploop.checkpoint import load, save
 from wraploop.ending import Due, end, ending
 from wraploop.events import (
     CancelEpoch,
@@ -115,16 +117,15 @@ class Learner:
             ValueError: there are no batches for a phase, or a callback answers an event that none
                 of the phases fires.
         """
-        phases = list(phases) or standard_phases(self.data)
-        plan = [p if isinstance(p, tuple) else (p, named.batches(p, self.data)) for p in phases]
-        self.phases = [checked_phase(phase) for phase, _ in plan]
+        planned = named.planned(phases, self.data)
+        self.phases = [phase for phase, _ in planned]
         check_fired(self.callbacks, self.phases)
         self.stopped = None
         try:
             with ending(self._due, self.callbacks, self._stop):
                 self.handle(FitBegin())
                 for _ in range(epochs):
-                    for phase, batches in plan:
+                    for phase, batches in planned:
                         self.epoch(phase, batches)
         except CancelFit as cancel:
             self._stop(cancel.with_traceback(None))
@@ -299,6 +300,14 @@ class Learner:
 
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes models, optimizers and what callbacks know to a folder; see `checkpoint`."""
+        save(self, path)
+
+    def load(self, path: str | PathLike[str]) -> None:
+        """Takes over what `save` has written; for errors see `checkpoint.load`."""
+        load(self, path)
 
     def plan(self) -> str:
         """What there is, and which callbacks answer which event in which order."""

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
-from wraploop.phases import Phase, checked_phase
+from wraploop.phases import Phase, checked_phase, standard_phases
 from wraploop.running import Batches
 
 Models: TypeAlias = nn.Module | Mapping[str, nn.Module]
@@ -155,6 +155,16 @@ def data(data: Batches | Mapping[str, Batches] | None) -> dict[str, Batches]:
         if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
             raise TypeError(f"Expected batches as {name} data, an iterable, and got {batches!r}.")
     return dict(data)
+
+
+def planned(
+    phases: Iterable[Phase | tuple[Phase, Batches]], data: Mapping[str, Batches]
+) -> list[tuple[Phase, Batches]]:
+    """Phases with the batches that they run over; the standard ones if there are none."""
+    pairs = [p if isinstance(p, tuple) else (p, batches(p, data)) for p in phases]
+    if pairs:
+        return [(checked_phase(phase), over) for phase, over in pairs]
+    return [(phase, batches(phase, data)) for phase in standard_phases(data)]
 
 
 def batches(phase: Phase, data: Mapping[str, Batches]) -> Batches:

@@ -20,7 +20,8 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
     """Sorts callbacks so that who writes comes before who reads; ties keep their order.
 
     A name covers what lies below it: a writer of `"metrics"` comes before a reader of
-    `"metrics.loss"`. The learner's own attributes and the step's need no writer.
+    `"metrics.loss"`. The learner's own attributes and the step's need no writer. Who reads
+    `"callbacks"`, and so what the others have come to, comes after all that do not.
 
     Raises:
         ValueError: two write the same, one reads what nobody writes, or they wait for each other.
@@ -40,6 +41,8 @@ def in_order(callbacks: Iterable[Callback]) -> list[Callback]:
 
 def _awaited(reader: Callback, writers: Iterable[Callback]) -> list[tuple[str, Callback]]:
     """What `reader` reads of the others' writing, with its writer."""
+    if _is_last(reader):
+        return [("callbacks", writer) for writer in writers if not _is_last(writer)]
     return [
         (read, writer)
         for writer in writers
@@ -47,6 +50,10 @@ def _awaited(reader: Callback, writers: Iterable[Callback]) -> list[tuple[str, C
         for read in reader.reads
         if _is_among(read, writer.writes)
     ]
+
+
+def _is_last(callback: Callback) -> bool:
+    return "callbacks" in callback.reads
 
 
 def _check_writers(callbacks: Iterable[Callback]) -> None:

@@ -106,7 +106,7 @@ declared: add it to `reads`.
     def _seen(self, path: str, value: Any) -> Any:
         if self._may_read(path):
             return value
-        declared = (*self._callback.reads, *self._callback.writes)
+        declared = (*self._callback.reads, *self._callback.writes, *_FREE)
         if any(f"{_canonical(each)}.".startswith(f"{path}.") for each in declared):
             return Guarded(value, path, self._callback)
         raise UndeclaredAccess(

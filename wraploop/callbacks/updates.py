@@ -57,7 +57,8 @@ class AroundUpdates(Callback):
             self._hooks.pop().remove()
 
     def _before(self, learner: Learner, name: str, optimizer: Any, args: Any, kwargs: Any) -> None:
-        if self.needs_gradients and (args or kwargs.get("closure")):
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if self.needs_gradients and closure is not None:
             raise TypeError(
                 f"{self!r} acts on gradients before the update, and {type(optimizer).__name__} "
                 "computes its gradients within it, by a closure. Leave one of the two out."

@@ -5,6 +5,7 @@ losses       NonSaturating, LeastSquares, Hinge, Wasserstein, Relativistic, Rela
 penalties    GradientPenalty (WGAN-GP), R1, PathLength
 """
 
+from wraploop.freezing import frozen
 from wraploop.gan.losses import (
     AdversarialLoss,
     Hinge,
@@ -24,7 +25,7 @@ from wraploop.gan.penalties import (
     PathLength,
     Penalty,
 )
-from wraploop.gan.training import GANTraining, frozen
+from wraploop.gan.training import GANTraining
 
 __all__ = [
     "R1",

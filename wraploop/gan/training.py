@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from wraploop.events import BackwardBegin, BackwardEnd, LossBegin
+from wraploop.freezing import frozen
 from wraploop.gan.losses import AdversarialLoss, NonSaturating
 from wraploop.gan.penalties import (
     CriticHalf,
@@ -48,6 +48,7 @@ class GANTraining(AbstractTrainingPhase):
 
     Examples:
         >>> from functools import partial
+        >>> from torch import nn
         >>> from wraploop.gan import R1, Hinge
         >>> from wraploop.learner import Learner
         >>> learner = Learner(
@@ -141,30 +142,6 @@ class GANTraining(AbstractTrainingPhase):
 
     def _due(self, kind: type[Penalty], updates: int) -> list[Penalty]:
         return [p for p in self.penalties if isinstance(p, kind) and updates % p.every_steps == 0]
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """While open, no parameter of `module` takes gradients; afterwards those that did do again.
-
-    Examples:
-        >>> critic = nn.Linear(3, 1)
-        >>> critic.bias.requires_grad_(False).requires_grad
-        False
-        >>> with frozen(critic):
-        ...     critic.weight.requires_grad
-        False
-        >>> critic.weight.requires_grad, critic.bias.requires_grad
-        (True, False)
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
 
 
 def _samples(batch: Batch) -> Tensor:

@@ -1,0 +1,91 @@
+import pytest
+
+from tests.loop import GAN, PlainStep, gan_learner, learner
+from wraploop.callback import Callback, on
+from wraploop.events import BackwardEnd, Event, LossBegin, StepBegin, StepEnd
+from wraploop.phases import AbstractTrainingPhase, AbstractValidationPhase, TrainingPhase
+
+
+class Decoded(Event):
+    """Samples are decoded."""
+
+
+class OnDecoded(Callback):
+    count = 0
+
+    @on(Decoded)
+    def see(self, learner):
+        self.count += 1
+
+
+class Decodes(Callback):
+    fires = (Decoded,)
+
+    @on(StepEnd, TrainingPhase)
+    def decode(self, learner):
+        learner.handle(Decoded())
+
+
+def test_an_event_that_never_fires_is_an_error_before_anything_is_trained():
+    message = r"OnDecoded\(\)\.see answers Decoded, which never happens: TrainingPhase, Valid"
+    with pytest.raises(ValueError, match=message):
+        learner(OnDecoded()).fit(1)
+
+
+def test_validation_has_no_backward():
+    class Waits(Callback):
+        @on(BackwardEnd, AbstractValidationPhase)
+        def wait(self, learner):
+            pass
+
+    with pytest.raises(ValueError, match="BackwardEnd, which never happens: ValidationPhase fires"):
+        learner(Waits()).fit(1)
+
+
+def test_callbacks_may_fire_events_and_say_so():
+    learner(Decodes(), answer := OnDecoded()).fit(1)
+    assert answer.count == 4
+
+
+def test_phases_may_fire_events_and_say_so():
+    class Decoding(PlainStep):
+        fires = (Decoded,)
+
+        def step(self, learner, batch):
+            super().step(learner, batch)
+            learner.handle(Decoded())
+
+    one = learner(answer := OnDecoded())
+    one.fit(1, [Decoding()])
+    assert answer.count == 4
+
+
+def test_of_a_phase_that_does_not_say_nothing_is_known():
+    one = learner(answer := OnDecoded())
+    one.fit(1, [PlainStep()])
+    assert answer.count == 0
+
+
+def test_a_step_of_ones_own_inherits_no_knowledge():
+    class Own(TrainingPhase):
+        def step(self, learner, batch):
+            pass
+
+    assert Own.fires is None
+    assert issubclass(Own, AbstractTrainingPhase)
+
+
+def test_methods_for_phases_that_do_not_run_and_for_all_events_are_fine():
+    class Anything(Callback):
+        def __init__(self):
+            self.seen = []
+
+        @on(Event)
+        @on(LossBegin, AbstractValidationPhase)
+        @on(StepBegin)
+        def see(self, learner):
+            self.seen.append(type(learner.event).__name__)
+
+    one = gan_learner(anything := Anything())
+    one.fit(1, [GAN])
+    assert anything.seen.count("BackwardEnd") == 8

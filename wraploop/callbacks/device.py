@@ -1,0 +1,78 @@
+"""Where batches go, and models that are not wrapped."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from wraploop import processes
+from wraploop.callback import Callback, on
+from wraploop.events import EpochBegin, StepBegin
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+
+class ToDevice(Callback):
+    """Moves models to a device before an epoch, and each batch before its step.
+
+    Models are moved in place, with what optimizers know about their parameters; a model that is
+    there already is left alone. A wrapper that has devices of its own needs no `ToDevice`, except
+    for batches.
+
+    Args:
+        device: where to; unless given, this process's own accelerator, or the CPU without one.
+        models: whether models are moved, or only batches.
+    """
+
+    reads = ("model", "optimizer")
+    writes = ("step.batch",)
+
+    def __init__(self, device: torch.device | str | None = None, *, models: bool = True) -> None:
+        self.device = torch.device(device) if device is not None else _own_device()
+        self.models = models
+        self._send = importlib.import_module("accelerate.utils.operations").send_to_device
+
+    @on(EpochBegin)
+    def move_models(self, learner: Learner) -> None:
+        """Moves the models that are elsewhere."""
+        if not self.models:
+            return
+        moved = False
+        for model in learner.models.values():
+            tensors = [*model.parameters(), *model.buffers()]
+            if any(not _is_on(tensor, self.device) for tensor in tensors):
+                model.to(self.device)
+                moved = True
+        for optimizer in learner.optimizers.values() if moved else ():
+            _move_state(optimizer)
+
+    @on(StepBegin)
+    def move_batch(self, learner: Learner) -> None:
+        """Moves every tensor in the batch."""
+        learner.step.batch = self._send(learner.step.batch, self.device, non_blocking=True)
+
+    def __repr__(self) -> str:
+        return f"ToDevice({str(self.device)!r})"
+
+
+def _own_device() -> torch.device:
+    device = processes.device()
+    if device is None and torch.accelerator.is_available():
+        device = torch.accelerator.current_accelerator()
+    return device or torch.device("cpu")
+
+
+def _is_on(tensor: Tensor, device: torch.device) -> bool:
+    same_kind = tensor.device.type == device.type
+    return same_kind and device.index in (None, tensor.device.index)
+
+
+def _move_state(optimizer: Optimizer) -> None:
+    """Moves what an optimizer knows about its parameters to where they are."""
+    if optimizer.state:
+        optimizer.load_state_dict(optimizer.state_dict())  # which does that

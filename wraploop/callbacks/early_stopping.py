@@ -1,0 +1,87 @@
+"""Ending the fit when it gets no better."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from typing_extensions import override
+
+from wraploop import processes
+from wraploop.callback import Callback, on
+from wraploop.callbacks.criteria import Criterion, NoImprovement
+from wraploop.callbacks.watched import Watched
+from wraploop.events import CancelFit, EpochEnd, FitBegin
+from wraploop.phases import AbstractTrainingPhase, Phase
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+
+class EarlyStopping(Callback):
+    """Ends the fit when a criterion says so, after an epoch; all processes at the same.
+
+    Args:
+        criterion: one of `callbacks.criteria`, or a number of epochs: `NoImprovement` for so many.
+        metric: the name of the metric that the criterion is told.
+        phase: whose metric; unless given, that of validation where a fit has it, else of training.
+        mode: `"min"` if the metric is to become small, `"max"` if large; criteria then see it with
+            its sign changed.
+
+    Raises:
+        ValueError: another mode; as a fit begins, a phase that it does not run; after the first
+            epoch, a metric that there is not.
+
+    Examples:
+        >>> from wraploop.callbacks.criteria import GL, Either, NumberLimit
+        >>> EarlyStopping(Either(GL(alpha=5), NumberLimit(200)), metric="error")
+        EarlyStopping(Either(GL(), NumberLimit()), metric='error')
+    """
+
+    reads = ("history", "metrics", "phases")
+
+    def __init__(
+        self,
+        criterion: Criterion | int,
+        metric: str = "loss",
+        *,
+        phase: type[Phase] | None = None,
+        mode: str = "min",
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"Expected the mode 'min' or 'max', and got {mode!r}.")
+        self.criterion = NoImprovement(criterion) if isinstance(criterion, int) else criterion
+        self.watched, self.sign = Watched(metric, phase), 1 if mode == "min" else -1
+
+    @on(FitBegin)
+    def begin(self, learner: Learner) -> None:
+        """Checks that there is something to watch."""
+        self.watched.check(learner)
+
+    @on(EpochEnd)
+    def check(self, learner: Learner) -> None:
+        """Tells the criterion, and ends the fit if it says so."""
+        reasons = []
+        if isinstance(learner.phase, AbstractTrainingPhase) and not learner.running.broken:
+            values = learner.metrics[learner.phase]
+            epoch = learner.history[learner.phase].epochs
+            trained = values.at_epoch(epoch).get(learner.phase.losses[0])
+            if trained is not None:
+                reasons.append(self.criterion.update_training(trained))
+        if self.watched.is_due(learner):
+            reasons.append(self.criterion.update(self.sign * self.watched.value(learner)))
+        reason = " and ".join(filter(None, reasons))
+        if processes.any(bool(reason)):
+            reason = reason or "another process says so"
+            raise CancelFit(f"{self.watched.metric} of {learner.phase.name}: {reason}")
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return self.criterion.state_dict()
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.criterion.load_state_dict(state)
+
+    def __repr__(self) -> str:
+        return f"EarlyStopping({self.criterion!r}, metric={self.watched.metric!r})"

@@ -1,0 +1,59 @@
+"""The metric that a callback goes by."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from wraploop.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+
+class Watched:
+    """A metric of one phase, epoch by epoch.
+
+    Args:
+        metric: its name.
+        phase: the phase; unless given, validation where a fit has it, else training.
+    """
+
+    def __init__(self, metric: str, phase: type[Phase] | None) -> None:
+        self.metric, self.phase = metric, phase
+
+    def check(self, learner: Learner) -> None:
+        """Checks that the fit runs the phase.
+
+        Raises:
+            ValueError: it does not.
+        """
+        if not any(isinstance(phase, self._kind(learner)) for phase in learner.phases):
+            raise ValueError(
+                f"{self.metric!r} of {self._kind(learner).__name__} is watched, and this fit runs "
+                f"{', '.join(phase.name for phase in learner.phases)}. Name another phase."
+            )
+
+    def is_due(self, learner: Learner) -> bool:
+        """Whether the epoch that ends has the metric."""
+        return not learner.running.broken and isinstance(learner.phase, self._kind(learner))
+
+    def value(self, learner: Learner) -> float:
+        """What it has come to in the epoch that ends.
+
+        Raises:
+            ValueError: it has not been taken; names those that have.
+        """
+        epoch = learner.history[learner.phase].epochs
+        values = learner.metrics[learner.phase].at_epoch(epoch)
+        if self.metric not in values:
+            raise ValueError(
+                f"{learner.phase.name} has no metric {self.metric!r} in epoch {epoch}; "
+                f"it has {', '.join(values) or 'none'}."
+            )
+        return values[self.metric]
+
+    def _kind(self, learner: Learner) -> type[Phase]:
+        if self.phase is not None:
+            return self.phase
+        validates = any(isinstance(phase, AbstractValidationPhase) for phase in learner.phases)
+        return AbstractValidationPhase if validates else AbstractTrainingPhase

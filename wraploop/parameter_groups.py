@@ -1,0 +1,83 @@
+"""Parameters of one optimizer in groups with rates of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from wraploop.freezing import Part, parameters_of
+
+
+def by_layer(model: nn.Module) -> list[list[nn.Parameter]]:
+    """All but the last layer that has parameters, and the last: backbone and head.
+
+    Layers are what `model` consists of; the last is that of the last parameter.
+
+    Raises:
+        ValueError: there is but one.
+
+    Examples:
+        >>> backbone, head = by_layer(nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1)))
+        >>> [tuple(p.shape) for p in head]
+        [(1, 2), (1,)]
+    """
+    names = {name.split(".")[0]: None for name, _ in model.named_parameters()}
+    if len(names) < 2:
+        raise ValueError(
+            f"Cannot tell a backbone from a head: all parameters are in {list(names)}. Name the "
+            "groups, from backbone to head: groups=[model.features, model.classifier]."
+        )
+    head = list(names)[-1]
+    groups: list[list[nn.Parameter]] = [[], []]
+    for name, parameter in model.named_parameters():
+        groups[name.split(".")[0] == head].append(parameter)
+    return groups
+
+
+@contextmanager
+def grouped(
+    optimizer: Optimizer, groups: Sequence[Part], scales: Sequence[float]
+) -> Iterator[None]:
+    """While open, the learning rates of groups of parameters are scaled; see `Scheduler`.
+
+    Each group has its factor as `"lr_scale"`, its `lr` is multiplied by it, and what is in no
+    group is as it was. Afterwards the optimizer's own groups are back, with its state as it is.
+
+    Args:
+        optimizer: the optimizer.
+        groups: modules, or lists of parameters.
+        scales: a factor for each.
+
+    Raises:
+        ValueError: a group shares parameters with another, or the optimizer has none of its.
+    """
+    own, lists = optimizer.param_groups, [parameters_of([group]) for group in groups]
+    place = _places(optimizer, lists)
+    cut = []
+    for group in own:
+        for index, scale in [*enumerate(scales), (None, 1.0)]:
+            inside = [p for p in group["params"] if place.get(p) == index]
+            if inside:
+                scaled = {"lr": group["lr"] * scale, "lr_scale": group.get("lr_scale", 1.0) * scale}
+                cut.append({**group, **scaled, "params": inside})
+    optimizer.param_groups = cut
+    try:
+        yield
+    finally:
+        optimizer.param_groups = own
+
+
+def _places(optimizer: Optimizer, lists: Iterable[list[nn.Parameter]]) -> dict[Any, int]:
+    held = {p for group in optimizer.param_groups for p in group["params"]}
+    place: dict[Any, int] = {}
+    for index, parameters in enumerate(lists):
+        if held.isdisjoint(parameters):
+            raise ValueError(f"The optimizer holds none of the parameters of group {index}.")
+        for parameter in parameters:
+            if place.setdefault(parameter, index) != index:
+                raise ValueError(f"Groups {place[parameter]} and {index} share a parameter.")
+    return place
