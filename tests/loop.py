@@ -1,6 +1,7 @@
 """Small learners for the tests of the loop and its callbacks, in float64."""
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,14 @@ def batches(count: int = 4, rows: int = 6, seed: int = 0) -> list[tuple[Tensor, 
     return [(draw(rows, 3), draw(rows, 1)) for _ in range(count)]
 
 
-def learner(*callbacks, data=None, optimizer=SGD, model=None, defaults=False, strict=True):
+def learner(
+    *callbacks: Any,
+    data: Any = None,
+    optimizer: Any = SGD,
+    model: Any = None,
+    defaults: bool = False,
+    strict: bool = True,
+) -> Any:
     data = batches() if data is None else data
     return Learner(
         model or net(),
@@ -37,7 +45,13 @@ def learner(*callbacks, data=None, optimizer=SGD, model=None, defaults=False, st
     )
 
 
-def gan_learner(*callbacks, data=None, optimizer=ADAM, defaults=False, strict=True):
+def gan_learner(
+    *callbacks: Any,
+    data: Any = None,
+    optimizer: Any = ADAM,
+    defaults: bool = False,
+    strict: bool = True,
+) -> Any:
     real = [inputs for inputs, _ in batches()] if data is None else data
     return Learner(
         {"generator": net(2, 3), "critic": net(3, 1)},

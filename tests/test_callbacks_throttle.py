@@ -9,7 +9,7 @@ from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.table import EpochTable
 from wraploop.callbacks.throttle import throttle
-from wraploop.events import CancelStep, EpochBegin, StepBegin, StepEnd
+from wraploop.events import CancelStep, EpochBegin, EpochEnd, StepBegin, StepEnd
 from wraploop.phases import TrainingPhase, ValidationPhase
 
 
@@ -100,7 +100,7 @@ def test_it_keeps_its_place_in_the_order_and_can_be_looked_up():
 
 
 def test_a_throttled_default_is_not_added_again():
-    one = learner(throttle(EpochTable(), EpochBegin.end, every=2), defaults=True)
+    one = learner(throttle(EpochTable(), EpochEnd, every=2), defaults=True)
     assert sum(isinstance(c.unwrapped, EpochTable) for c in one.callbacks) == 1
 
 

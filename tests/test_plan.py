@@ -32,9 +32,8 @@ def test_optimizers_data_and_phases_are_shown():
     assert "optimizer: SGD, lr 0.1, 21 parameters" in found
     assert "training: 4 batches (list)" in found
     assert "ValidationPhase over validation data" in found
-    assert "training: batches without a length (map)" in lines(
-        learner(data={"training": map(str, "")})
-    )
+    without = learner(data={"training": map(str, "")})
+    assert "training: batches without a length (map)" in lines(without)
 
 
 def test_the_phases_of_the_last_fit_are_shown():

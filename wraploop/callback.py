@@ -101,11 +101,19 @@ class Callback:
 
 
 class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
-    """Who answers an event in one phase, with what, in order; worked out at its first use."""
+    """Who answers an event in one phase, with what, in order; worked out at its first use.
 
-    def __init__(self, callbacks: Iterable[Callback], phase: type) -> None:
+    Args:
+        callbacks: in their order.
+        phase: the type of the phase.
+        watchers: what stands around every call, besides the callbacks themselves.
+    """
+
+    def __init__(
+        self, callbacks: Iterable[Callback], phase: type, watchers: tuple[Callback, ...] = ()
+    ) -> None:
         super().__init__()
-        self._callbacks, self._phase = callbacks, phase
+        self._callbacks, self._phase, self._watchers = callbacks, phase, watchers
 
     def __missing__(self, event: type[Event]) -> tuple[tuple[Callback, Call], ...]:
         calls = [
@@ -119,7 +127,7 @@ class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
         return self[event]
 
     def _around(self, callback: Callback, call: Call) -> Call:
-        for other in self._callbacks:
+        for other in (*self._callbacks, *self._watchers):
             call = other.around(callback, call)
         return call
 
@@ -127,13 +135,23 @@ class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
 class Callbacks:
     """The callbacks of a learner, iterated in the order in which they are called.
 
+    Args:
+        learner: the learner.
+        callbacks: its callbacks.
+        watchers: what stands around every call (`Callback.around`), whatever the callbacks are.
+
     Raises:
         ValueError: their reads and writes allow no order; see `in_order`.
         TypeError: one of them is not a `Callback`.
     """
 
-    def __init__(self, learner: Learner, callbacks: Iterable[Callback]) -> None:
-        self._learner = learner
+    def __init__(
+        self,
+        learner: Learner,
+        callbacks: Iterable[Callback],
+        watchers: tuple[Callback, ...] = (),
+    ) -> None:
+        self._learner, self._watchers = learner, watchers
         self._listed: list[Callback] = []
         self._attached: list[Callback] = []
         self._tables: dict[type, Table] = {}
@@ -185,7 +203,7 @@ class Callbacks:
 
     def choose_table(self, phase: type) -> None:
         """Makes `table` say who answers which event in phases of this type."""
-        self.table = self._tables.setdefault(phase, Table(self, phase))
+        self.table = self._tables.setdefault(phase, Table(self, phase, self._watchers))
 
     def call(self, event: Event) -> None:
         """Calls all that answer an event, then raises the strongest cancellation among theirs.

@@ -103,7 +103,7 @@ class Learner:
         self.stopped: CancelFit | None = None
         self._due: Due = []
         callbacks = with_defaults(callbacks) if default_callbacks else callbacks
-        self.callbacks = Callbacks(self, [*callbacks, *[Strict()] * strict])
+        self.callbacks = Callbacks(self, callbacks, watchers=(Strict(),) if strict else ())
 
     def fit(self, epochs: int, phases: Iterable[Phase | tuple[Phase, Batches]] = ()) -> None:
         """Runs each phase over its batches, one after the other, `epochs` times.

@@ -25,17 +25,17 @@ def by_layer(model: nn.Module) -> list[list[nn.Parameter]]:
         >>> [tuple(p.shape) for p in head]
         [(1, 2), (1,)]
     """
-    names = {name.split(".")[0]: None for name, _ in model.named_parameters()}
-    if len(names) < 2:
-        raise ValueError(
-            f"Cannot tell a backbone from a head: all parameters are in {list(names)}. Name the "
-            "groups, from backbone to head: groups=[model.features, model.classifier]."
-        )
-    head = list(names)[-1]
-    groups: list[list[nn.Parameter]] = [[], []]
+    layers: dict[str, list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        groups[name.split(".")[0] == head].append(parameter)
-    return groups
+        layer = name.split(".")[0] if "." in name else ""
+        layers.setdefault(layer, []).append(parameter)
+    if len(layers) < 2:
+        raise ValueError(
+            "Cannot tell a backbone from a head: all parameters are in one layer. Name the groups, "
+            "from backbone to head: groups=[model.features, model.classifier]."
+        )
+    *backbone, head = layers.values()
+    return [[parameter for layer in backbone for parameter in layer], head]
 
 
 @contextmanager

@@ -120,14 +120,13 @@ def fine_tune(
     last = max(len(parts) - 1, 1)
     scales = [backbone_factor ** ((last - index) / last) for index in range(len(parts))]
     phases = list(phases)
-    with frozen(*parts[:-1]):
-        rates = {tuned: base_lr}
-        fit_one_cycle(learner, freeze_epochs, rates, phases=phases, warmup=0.99, div=div)
-    if learner.stopped is not None:
-        return
     with grouped(learner.optimizers[tuned], parts, scales):
-        rates = {tuned: base_lr / 2}
-        fit_one_cycle(learner, epochs, rates, phases=phases, warmup=warmup, div=div)
+        with frozen(*parts[:-1]):
+            rates = {tuned: base_lr}
+            fit_one_cycle(learner, freeze_epochs, rates, phases=phases, warmup=0.99, div=div)
+        if learner.stopped is None:
+            rates = {tuned: base_lr / 2}
+            fit_one_cycle(learner, epochs, rates, phases=phases, warmup=warmup, div=div)
 
 
 def _trains(phase: Phase) -> bool:

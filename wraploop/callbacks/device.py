@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from wraploop import processes
@@ -27,6 +27,9 @@ class ToDevice(Callback):
     Args:
         device: where to; unless given, this process's own accelerator, or the CPU without one.
         models: whether models are moved, or only batches.
+
+    Raises:
+        RuntimeError: as an epoch begins, parameters cannot be moved in place, to `"meta"` say.
     """
 
     reads = ("model", "optimizer")
@@ -43,13 +46,22 @@ class ToDevice(Callback):
         if not self.models:
             return
         moved = False
-        for model in learner.models.values():
+        for name, model in learner.models.items():
             tensors = [*model.parameters(), *model.buffers()]
             if any(not _is_on(tensor, self.device) for tensor in tensors):
-                model.to(self.device)
+                self._move(name, model)
                 moved = True
         for optimizer in learner.optimizers.values() if moved else ():
             _move_state(optimizer)
+
+    def _move(self, name: str, model: nn.Module) -> None:
+        before = list(model.parameters())
+        model.to(self.device)
+        if any(new is not old for new, old in zip(model.parameters(), before, strict=True)):
+            raise RuntimeError(
+                f"The parameters of {name} cannot be moved to {self.device} in place, and its "
+                "optimizer holds those that there were. Move it before you make the learner."
+            )
 
     @on(StepBegin)
     def move_batch(self, learner: Learner) -> None:

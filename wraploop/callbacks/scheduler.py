@@ -216,7 +216,7 @@ def _begin_records(learner: Learner) -> None:
 
 def _record(learner: Learner, name: str, value: Any) -> None:
     if isinstance(value, (float, int, Tensor)):
-        series = learner.hyperparameters.get(name)
-        if series is None:
-            series = learner.hyperparameters[name] = Series()
+        if name not in learner.hyperparameters:
+            learner.hyperparameters[name] = Series()
+        series = learner.hyperparameters[name]
         series.append(len(series) + 1, value)
