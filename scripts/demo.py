@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
 import torch
+from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 
-mpl.use("agg")
-from matplotlib import pyplot as plt
+from wraploop.images import image_grid
+from wraploop.plots import save_figure
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -187,33 +187,26 @@ def draw_digits(results, path):
     digits: Any = load_digits()
     real = torch.tensor(digits.images[:64])[:, None] / 8 - 1
     panels = {"real digits": real} | {name: r["images"] for name, r in results.items()}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4 * len(panels), 4.4))
+    figure = Figure(figsize=(4 * len(panels), 4.4), layout="constrained", dpi=100)
+    axes = figure.subplots(1, len(panels))
     for axis, (name, images) in zip(axes, panels.items(), strict=True):
-        axis.imshow(tile(images), cmap="gray_r", vmin=-1, vmax=1, interpolation="nearest")
+        grid = image_grid((1 - images) / 2)
+        axis.imshow(grid, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axis.set_title(name if images is real else f"generated: {name}")
         axis.axis("off")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
-
-
-def tile(images):
-    """64 images, shape `(64, 1, 8, 8)`, as one of eight rows of eight."""
-    framed = torch.nn.functional.pad(images, (1, 1, 1, 1), value=-1.0)
-    return framed.reshape(8, 8, 10, 10).permute(0, 2, 1, 3).reshape(80, 80)
+    save_figure(path, figure)
 
 
 def draw_losses(results, path):
-    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5))
+    figure = Figure(figsize=(13, 4.5), layout="constrained", dpi=100)
+    axes = figure.subplots(1, 2)
     for axis, name in zip(axes, ("critic_loss", "generator_loss"), strict=True):
         for width, (run, result) in zip((8, 5, 2.5, 1), results.items(), strict=True):
             axis.plot(result["losses"][name], linewidth=width, label=run)
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("step")
         axis.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(path, figure)
 
 
 def say(message):

@@ -112,6 +112,16 @@ def test_writers_come_before_readers_whatever_the_lists_order(seed):
     assert in_order([callbacks[i] for i in order]) == callbacks
 
 
+def test_who_reads_the_callbacks_comes_after_all_others():
+    class Reporter(Callback):
+        reads = ("callbacks", "thing")
+
+    reporter, callbacks = Reporter(), [Maker(), Taker(), Bystander()]
+    assert in_order([reporter, *callbacks]) == [*callbacks, reporter]
+    both = [first := Reporter(), Bystander(), second := Reporter(), Maker()]
+    assert in_order(both)[-2:] == [first, second]
+
+
 def test_ties_keep_the_lists_order():
     first, maker, second, taker = Bystander(), Maker(), Bystander(), Taker()
     assert in_order([first, taker, second, maker]) == [first, second, maker, taker]
@@ -184,7 +194,31 @@ def test_each_callback_is_attached_once():
     callbacks = learner(first).callbacks
     callbacks.add(second)
     callbacks.set([second, first])
+    callbacks.set([])
+    callbacks.set([first])
     assert (first.count, second.count) == (1, 1)
+
+
+def test_a_callback_may_stand_around_the_calls_of_all():
+    class Around(Callback):
+        def __init__(self):
+            self.calls = []
+
+        def around(self, callback, call):
+            def called(learner):
+                self.calls.append((callback, type(learner.event)))
+                call(learner)
+
+            return called
+
+    around, both = Around(), TwoMoments()
+    one = learner(both, around)
+    one.fit(1)
+    assert around.calls == [(both, StepEnd), (both, StepEnd), (both, EpochEnd)]
+    one.callbacks.remove(Around)
+    one.fit(1)
+    assert len(around.calls) == 3
+    assert both.seen == [StepEnd, StepEnd, EpochEnd] * 2
 
 
 def test_a_callback_added_while_training_is_called_from_then_on():

@@ -29,8 +29,12 @@ from wraploop.events import (
 from wraploop.fired import check_fired
 from wraploop.phases import Batch, Phase, checked_phase, no_loss_fn, standard_phases
 from wraploop.plan import plan
+from wraploop.plots import plot_metrics
 from wraploop.running import Batches, Epoch, StepState
 from wraploop.swap import Swap, swap
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -308,6 +312,10 @@ class Learner:
     def load(self, path: str | PathLike[str]) -> None:
         """Takes over what `save` has written; for errors see `checkpoint.load`."""
         load(self, path)
+
+    def plot(self) -> Figure:
+        """Draws metrics over epochs; see `plots.plot_metrics`."""
+        return plot_metrics(self)
 
     def plan(self) -> str:
         """What there is, and which callbacks answer which event in which order."""

@@ -67,7 +67,7 @@ class Scheduler(Callback):
 
     @override
     def attach(self, learner: Learner) -> None:
-        optimizer = _optimizer(learner, self.optimizer)
+        optimizer = optimizer_called(learner, self.optimizer)
         there = [name for name in optimizer.param_groups[0] if name not in ("params", "lr_scale")]
         unknown = [name for name in self.schedules if name not in there]
         if unknown:
@@ -85,7 +85,7 @@ class Scheduler(Callback):
 
     def schedule(self, learner: Learner) -> None:
         """Sets the hyperparameters."""
-        groups = _optimizer(learner, self.optimizer).param_groups
+        groups = optimizer_called(learner, self.optimizer).param_groups
         for name, schedule in self.schedules.items():
             value = self._values[name] = schedule(self.count)
             for group in groups:
@@ -157,7 +157,7 @@ class TorchScheduler(Callback):
 
     @override
     def attach(self, learner: Learner) -> None:
-        self.scheduler = self.make(_optimizer(learner, self.optimizer))
+        self.scheduler = self.make(optimizer_called(learner, self.optimizer))
         if not isinstance(self.scheduler, LRScheduler):
             raise TypeError(
                 "Expected a function that makes a torch.optim.lr_scheduler from an optimizer, as "
@@ -195,7 +195,8 @@ class TorchScheduler(Callback):
         return f"TorchScheduler({getattr(made, '__name__', made)})"
 
 
-def _optimizer(learner: Learner, name: str) -> Optimizer:
+def optimizer_called(learner: Learner, name: str) -> Optimizer:
+    """The optimizer of this name, which need not be given where there is but one."""
     there = learner.optimizers
     if name in there:
         return there[name]

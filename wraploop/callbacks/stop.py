@@ -33,13 +33,14 @@ class StopOnNaNLoss(AroundUpdates):
 
     def __init__(self) -> None:
         super().__init__()
-        self._looked = False
+        self._looked = False  # in this step
+        self._knows = False  # what the next update comes from
 
     @override
     @on(StepBegin, AbstractTrainingPhase)
     def watch(self, learner: Learner) -> None:
         """Looks at updates where the phase does not say when its gradients are there."""
-        self._looked = False
+        self._looked = self._knows = False
         if BackwardEnd not in (learner.phase.fires or ()):
             super().watch(learner)
 
@@ -48,7 +49,7 @@ class StopOnNaNLoss(AroundUpdates):
         """Looks at every loss of the step so far, unless the step is cancelled already."""
         if learner.step.cancelled:  # other processes may know nothing of that
             return
-        self._looked = True
+        self._looked = self._knows = True
         stored = vars(learner.step)
         bad = ""
         for name in learner.phase.losses:
@@ -60,11 +61,15 @@ class StopOnNaNLoss(AroundUpdates):
 
     @override
     def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        if self._knows:
+            self._knows = False
+            return
         try:
             self.check(learner)
         except CancelFit as stop:
             stop.source = self
             raise
+        self._knows = False
 
     @override
     @on(StepEnd, AbstractTrainingPhase)
