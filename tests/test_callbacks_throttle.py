@@ -112,7 +112,7 @@ def test_its_state_is_the_callbacks_and_its_counts():
     second.load_state_dict(first.state_dict())
     assert one.history["TrainingPhase"].steps == 6
     one.epoch(TrainingPhase())  # 17th to 20th: the 19th is answered
-    assert other.state_dict()["phases"]["TrainingPhase"]["steps"] == 7
+    assert other.state_dict()["TrainingPhase"]["steps"] == 7
 
 
 def test_a_cancellation_names_the_callback_itself():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -116,14 +117,14 @@ class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
         self._callbacks, self._phase, self._watchers = callbacks, phase, watchers
 
     def __missing__(self, event: type[Event]) -> tuple[tuple[Callback, Call], ...]:
-        calls = [
-            (callback, call)
+        calls = {
+            call: callback
             for callback in self._callbacks
             for on_event, on_phase, call in callback.handlers()
             if issubclass(event, on_event)
             if on_phase is Phase or issubclass(self._phase, on_phase)
-        ]
-        self[event] = tuple((who, self._around(who, call)) for who, call in dict.fromkeys(calls))
+        }
+        self[event] = tuple((who, self._around(who, call)) for call, who in calls.items())
         return self[event]
 
     def _around(self, callback: Callback, call: Call) -> Call:
@@ -153,7 +154,7 @@ class Callbacks:
     ) -> None:
         self._learner, self._watchers = learner, watchers
         self._listed: list[Callback] = []
-        self._attached: list[Callback] = []
+        self._attached: list[weakref.ref[Callback]] = []
         self._tables: dict[type, Table] = {}
         self.choose_table(type(None))
         self.set(callbacks)
@@ -172,8 +173,9 @@ class Callbacks:
         for table in self._tables.values():
             table.clear()
         for callback in listed:
-            if not any(callback is old for old in self._attached):
-                self._attached.append(callback)
+            if not any(callback is old() for old in self._attached):
+                self._attached = [old for old in self._attached if old() is not None]
+                self._attached.append(weakref.ref(callback))
                 callback.attach(self._learner)
 
     def add(self, callback: Callback) -> None:

@@ -25,6 +25,7 @@ from wraploop.events import (
     Event,
     FitBegin,
     StepBegin,
+    StepEnd,
 )
 from wraploop.fired import check_fired
 from wraploop.phases import Batch, Phase, checked_phase, no_loss_fn, standard_phases
@@ -83,6 +84,7 @@ class Learner:
     metrics: Any = WrittenBy("Metrics()")
     hyperparameters: Any = WrittenBy("Scheduler(...)")
     traces: Any = WrittenBy("Traces(...)")
+    timings: Any = WrittenBy("Timings()")
 
     def __init__(
         self,
@@ -195,14 +197,20 @@ class Learner:
         self.step, self.in_step = state, True
         due, begun = self._due, len(self._due)
         try:
-            try:  # not `with ending(...)`, which is slower
-                self.handle(StepBegin())
+            try:  # as `with ending(...)` does, in less time
+                if self.callbacks.table[StepBegin]:
+                    self.callbacks.call(StepBegin())
                 phase.step(self, state.batch)
             except BaseException as error:
                 state.cancelled = True
+                due.insert(len(due) - begun, StepEnd)
                 end(due, begun, self.callbacks, error)
                 raise
-            end(due, begun, self.callbacks)
+            if len(due) > begun:
+                due.insert(len(due) - begun, StepEnd)
+                end(due, begun, self.callbacks)
+            elif self.callbacks.table[StepEnd]:
+                self.callbacks.call(StepEnd())
         except CancelStep:
             pass
         finally:
@@ -217,12 +225,14 @@ class Learner:
         All of them are called, also after one that cancels; then the strongest cancellation acts.
         An error acts at once.
         """
-        kind = type(event)
-        if kind.end is not None:
-            self._due.insert(0, kind.end)
+        kind, table = type(event), self.callbacks.table
+        calls, end = table[kind], kind.end
+        if end is not None:
+            if calls or table[end]:
+                self._due.insert(0, end)
         elif kind in self._due:
             self._due.remove(kind)
-        if self.callbacks.table[kind]:
+        if calls:
             self.callbacks.call(event)
 
     def on(

@@ -152,7 +152,7 @@ def _copied(learner: Learner, phase: Phase) -> tuple[dict[str, Any], Phase]:
     parts = (learner.model, learner.optimizer, learner.loss_fn, phase)
     memo: dict[int, Any] = {id(it): it for it in (learner, *learner.data.values())}
     for model in learner.models.values():
-        pass
+        memo.update(_derived(model))
     try:
         model, optimizer, loss_fn, phase = copy.deepcopy(parts, memo)
         for old in learner.optimizers.values():

@@ -24,18 +24,16 @@ class PhaseHistory:
     epochs: int = 0
     steps: int = 0
     steps_in_epoch: int = 0
+    trains: bool = False
 
 
 class Histories(ByPhase[PhaseHistory]):
-    """The histories of all phases.
+    """The histories of all phases."""
 
-    Attributes:
-        training_steps: how many steps all training phases have completed together.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(PhaseHistory)
-        self.training_steps = 0
+    @property
+    def training_steps(self) -> int:
+        """How many steps all training phases have completed together."""
+        return sum(history.steps for history in self.values() if history.trains)
 
 
 class History(Callback):
@@ -45,18 +43,15 @@ class History(Callback):
 
     @override
     def attach(self, learner: Learner) -> None:
-        self._histories = learner.history = Histories()
+        self._histories = learner.history = Histories(PhaseHistory)
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        phases = {name: asdict(history) for name, history in self._histories.items()}
-        return {"phases": phases, "training_steps": self._histories.training_steps}
+        return {name: asdict(history) for name, history in self._histories.items()}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        histories = self._histories
-        histories.training_steps = state["training_steps"]
-        histories.put({name: PhaseHistory(**counts) for name, counts in state["phases"].items()})
+        self._histories.put({name: PhaseHistory(**state[name]) for name in state})
 
     @on(EpochBegin)
     def begin(self, learner: Learner) -> None:
@@ -68,10 +63,10 @@ class History(Callback):
         """One step more, unless it was cancelled."""
         if not learner.step.cancelled:
             counts = learner.history[learner.phase]
+            if counts.steps == 0:
+                counts.trains = isinstance(learner.phase, AbstractTrainingPhase)
             counts.steps += 1
             counts.steps_in_epoch += 1
-            if isinstance(learner.phase, AbstractTrainingPhase):
-                learner.history.training_steps += 1
 
     @on(EpochEnd)
     def count_epoch(self, learner: Learner) -> None:

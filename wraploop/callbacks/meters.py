@@ -38,7 +38,7 @@ class MeanMeter:
 
     def take(self, at: int, stored: Stored, rows: int) -> None:
         """Takes a step's value, if the step has what the metric reads."""
-        value = self._value(stored)
+        value = self._value(stored) if self.function else stored.get(self.name, _ABSENT)
         if value is _ABSENT:
             return
         try:
@@ -49,10 +49,9 @@ class MeanMeter:
         self.steps[self.name] = self.series
 
     def _value(self, stored: Stored) -> Any:
-        if self.function is None:
-            return stored.get(self.name, _ABSENT)
         if any(name not in stored for name in self.reads):
             return _ABSENT
+        assert self.function is not None
         with torch.no_grad():
             return self.function(*(_detached(stored[name]) for name in self.reads))
 

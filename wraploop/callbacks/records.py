@@ -84,15 +84,20 @@ class Series:
 
     def append(self, at: int, value: Tensor | float) -> None:
         """Adds a number, or a tensor of one element."""
-        if isinstance(value, Tensor) and not value.is_cpu:
+        if not isinstance(value, Tensor):
+            self._append(float(value))
+        elif value.is_cpu:
+            self._append(value.item())
+        else:
             self._waiting.append(value.detach().reshape(()))
             if len(self._waiting) >= _BLOCK:
                 self._read()
-        else:
-            if self._waiting:
-                self._read()
-            self._values.append(number(value))
         self.at.append(at)
+
+    def _append(self, value: float) -> None:
+        if self._waiting:
+            self._read()
+        self._values.append(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The numbers and times as tensors."""

@@ -20,6 +20,15 @@ if TYPE_CHECKING:
     from wraploop.learner import Learner
 
 
+class _SilentPhase(AbstractTrainingPhase):
+    """Stands for all training phases that do not say that they fire BackwardEnd."""
+
+    @classmethod
+    def __subclasshook__(cls, phase: type) -> bool:
+        trains = AbstractTrainingPhase in phase.__mro__
+        return trains and BackwardEnd not in (getattr(phase, "fires", ()) or ())
+
+
 class StopOnNaNLoss(AroundUpdates):
     """Ends the fit when a loss is NaN or infinite, before an update can spoil the weights.
 
@@ -37,12 +46,10 @@ class StopOnNaNLoss(AroundUpdates):
         self._knows = False  # what the next update comes from
 
     @override
-    @on(StepBegin, AbstractTrainingPhase)
+    @on(StepBegin, _SilentPhase)
     def watch(self, learner: Learner) -> None:
-        """Looks at updates where the phase does not say when its gradients are there."""
         self._looked = self._knows = False
-        if BackwardEnd not in (learner.phase.fires or ()):
-            super().watch(learner)
+        super().watch(learner)
 
     @on(BackwardEnd, AbstractTrainingPhase)
     def check(self, learner: Learner) -> None:
@@ -72,9 +79,8 @@ class StopOnNaNLoss(AroundUpdates):
         self._knows = False
 
     @override
-    @on(StepEnd, AbstractTrainingPhase)
+    @on(StepEnd, _SilentPhase)
     def unwatch(self, learner: Learner) -> None:
-        """Looks at the losses if nothing has made it look yet."""
         super().unwatch(learner)
         if not self._looked:
             self.check(learner)

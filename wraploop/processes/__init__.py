@@ -24,12 +24,13 @@ from .channel import Channel, PeerError
 
 __all__ = ["Channel", "PeerError", "random_state"]
 
+_AVAILABLE = dist.is_available()
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_started() -> bool:
     """Whether this process belongs to a process group."""
-    return dist.is_available() and dist.is_initialized()
+    return _AVAILABLE and dist.is_initialized()
 
 
 def rank() -> int:
@@ -98,7 +99,9 @@ def stop() -> None:
 
 def any(flag: bool | Tensor) -> bool:
     """Whether `flag` is true on at least one process; the same answer on all of them."""
-    return bool(flag) if world_size() == 1 else sum(float(bool(flag))) > 0
+    if not is_started() or dist.get_world_size() == 1:
+        return bool(flag)
+    return sum(float(bool(flag))) > 0
 
 
 def sum(value: float | Tensor) -> float:
