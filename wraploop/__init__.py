@@ -2,13 +2,14 @@
 
 Meaning     Learner          owns models, losses, optimizers, data; runs phases; calls callbacks
             Phase            what one step does: TrainingPhase, ValidationPhase, GANTraining, yours
-            Callback         what else happens, and when
+            Callback         what else happens, and when; `callbacks` has those that are there
+            fit_one_cycle, fine_tune, lr_find, freeze: training in one line
 Execution   ModelWrapper     runs a model elsewhere: ThreadedCPUParallel, DataParallel,
                              DistributedModel
             shard            gives each process its rows of every batch, where that is wanted
 """
 
-from . import callbacks, processes
+from . import callbacks, gan, processes
 from .callback import Callback, on
 from .data import shard
 from .events import (
@@ -26,8 +27,11 @@ from .events import (
     StepBegin,
     StepEnd,
 )
+from .freezing import freeze, frozen, unfreeze
 from .gan import GANTraining
+from .images import image_grid
 from .learner import Learner
+from .lr_find import lr_find
 from .phases import (
     AbstractTrainingPhase,
     AbstractValidationPhase,
@@ -35,6 +39,9 @@ from .phases import (
     TrainingPhase,
     ValidationPhase,
 )
+from .plots import plot_schedule
+from .recipes import fine_tune, fit_one_cycle
+from .schedules import one_cycle
 from .wrappers.batch import shared
 from .wrappers.batchnorm import batch_mean
 from .wrappers.data_parallel import DataParallel
@@ -73,9 +80,19 @@ __all__ = [
     "ValidationPhase",
     "batch_mean",
     "callbacks",
+    "fine_tune",
+    "fit_one_cycle",
+    "freeze",
+    "frozen",
+    "gan",
+    "image_grid",
+    "lr_find",
     "on",
+    "one_cycle",
+    "plot_schedule",
     "processes",
     "shard",
     "shared",
+    "unfreeze",
     "wrap",
 ]

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Any
 from wraploop import named, processes
 from wraploop.callback import Callback, on
 from wraploop.callbacks.meters import count_rows
-from wraploop.callbacks.records import number
 from wraploop.callbacks.scheduler import optimizer_called
 from wraploop.events import CancelEpoch, StepBegin, StepEnd
 from wraploop.phases import Phase, TrainingPhase
 from wraploop.plots import plot_lr_find
 from wraploop.rehearsal import rehearsed
-from wraploop.running import Batches
+from wraploop.running import Batches, number
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -93,7 +93,9 @@ class TrainingPhase(AbstractTrainingPhase):
     def step(self, learner: Learner, batch: Batch) -> None:
         """Forward, loss, backward, update."""
         state = learner.step
-        state.inputs, state.targets = _pair(self, batch)
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise _no_pair(self, batch)
+        state.inputs, state.targets = batch
         state.outputs = learner.model(state.inputs)
         learner.handle(LossBegin())
         state.loss = learner.loss_fn(state.outputs, state.targets)
@@ -117,7 +119,9 @@ class ValidationPhase(AbstractValidationPhase):
     def step(self, learner: Learner, batch: Batch) -> None:
         """Forward and loss."""
         state = learner.step
-        state.inputs, state.targets = _pair(self, batch)
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise _no_pair(self, batch)
+        state.inputs, state.targets = batch
         state.outputs = learner.model(state.inputs)
         learner.handle(LossBegin())
         state.loss = learner.loss_fn(state.outputs, state.targets)
@@ -147,10 +151,8 @@ def no_loss_fn(*_: Any) -> Any:
     )
 
 
-def _pair(phase: Phase, batch: Batch) -> tuple[Any, Any]:
-    if isinstance(batch, (tuple, list)) and len(batch) == 2:
-        return batch[0], batch[1]
-    raise TypeError(
+def _no_pair(phase: Phase, batch: Batch) -> TypeError:
+    return TypeError(
         f"{phase.name} takes batches of (inputs, targets), and got {_describe(batch)}. "
         "Let the data yield pairs, or write a phase whose `step` takes such batches."
     )

@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from torch import Tensor
+
 from wraploop.events import CancelEpoch
 from wraploop.phases import Batch, Phase
 
@@ -25,7 +27,12 @@ class StepState:
         StepState(loss)
     """
 
+    __slots__ = ("__dict__", "__weakref__", "_numbers")
+
     cancelled = False
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, tuple[Any, float]] = {}
 
     def __getattr__(self, name: str) -> Any:
         stored = ", ".join(vars(self)) or "nothing"
@@ -37,6 +44,20 @@ class StepState:
 
     def __repr__(self) -> str:
         return f"StepState({', '.join(vars(self))})"
+
+
+def number_in(step: StepState, name: str) -> float:
+    """What is stored in a step, as a number; it is read off its device once."""
+    value = vars(step)[name]
+    known = step._numbers.get(name)
+    if known is None or known[0] is not value:
+        known = step._numbers[name] = value, number(value)
+    return known[1]
+
+
+def number(value: Tensor | float) -> float:
+    """A number, or a tensor of one element, as a number; waits for the tensor's device."""
+    return value.item() if isinstance(value, Tensor) else float(value)
 
 
 class Epoch:

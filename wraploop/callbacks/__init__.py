@@ -1,1 +1,79 @@
-"""What else happens in a loop, one family of callbacks a file."""
+"""What else happens in a loop, one family of callbacks a file.
+
+default      History, Metrics (Metric, accuracy), ProgressBar, EpochTable, StopOnNaNLoss
+deciding     EarlyStopping (and `criteria`), Scheduler, TorchScheduler, Checkpoints
+a step       AccumulateGradients, ClipGradients, EMA, ToDevice, GarbageCollect
+watching     Traces, SanityCheck (Check), Timings, TorchProfiler
+telling      LogMetrics, LogHyperparameters, LogHistograms, LogImages, LogTraces, to
+             CSVLogger, JSONLinesLogger, MemoryLogger, TrackerLogger; PlotMetrics, SaveImages
+of others    FunctionCallback, throttle
+"""
+
+from . import criteria
+from .average import EMA
+from .checkpoints import Checkpoints
+from .checks import Check
+from .device import ToDevice
+from .early_stopping import EarlyStopping
+from .function import FunctionCallback
+from .garbage import GarbageCollect
+from .gradients import AccumulateGradients, ClipGradients
+from .history import History
+from .log_files import CSVLogger, JSONLinesLogger
+from .log_tensors import LogHistograms, LogImages
+from .loggers import Logger, MemoryLogger
+from .logs import LogHyperparameters, LogMetrics, LogTraces
+from .metrics import Metric, Metrics, accuracy
+from .pictures import PlotMetrics, SaveImages
+from .profile import TorchProfiler
+from .progress import ProgressBar
+from .sanity import SanityCheck, SanityCheckError
+from .scheduler import Scheduler, TorchScheduler
+from .stop import StopOnNaNLoss
+from .strict import UndeclaredAccess
+from .table import EpochTable
+from .throttle import throttle
+from .timings import Timings
+from .traces import Traces
+from .trackers import TrackerLogger
+
+__all__ = [
+    "EMA",
+    "AccumulateGradients",
+    "CSVLogger",
+    "Check",
+    "Checkpoints",
+    "ClipGradients",
+    "EarlyStopping",
+    "EpochTable",
+    "FunctionCallback",
+    "GarbageCollect",
+    "History",
+    "JSONLinesLogger",
+    "LogHistograms",
+    "LogHyperparameters",
+    "LogImages",
+    "LogMetrics",
+    "LogTraces",
+    "Logger",
+    "MemoryLogger",
+    "Metric",
+    "Metrics",
+    "PlotMetrics",
+    "ProgressBar",
+    "SanityCheck",
+    "SanityCheckError",
+    "SaveImages",
+    "Scheduler",
+    "StopOnNaNLoss",
+    "Timings",
+    "ToDevice",
+    "TorchProfiler",
+    "TorchScheduler",
+    "Traces",
+    "TrackerLogger",
+    "UndeclaredAccess",
+    "accuracy",
+    "criteria",
+    "throttle",
+]

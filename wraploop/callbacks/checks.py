@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from wraploop.callbacks.records import number
 from wraploop.callbacks.seen import Seen
 from wraploop.phases import AbstractTrainingPhase, Phase
+from wraploop.running import number
 
 _MOST = 6  # items of a long list that are described
 

@@ -11,7 +11,7 @@ from typing_extensions import override
 from wraploop.callback import Callback, on
 from wraploop.callbacks.records import ByPhase
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
-from wraploop.phases import AbstractTrainingPhase
+from wraploop.phases import AbstractTrainingPhase, Phase
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -44,6 +44,7 @@ class History(Callback):
     @override
     def attach(self, learner: Learner) -> None:
         self._histories = learner.history = Histories(PhaseHistory)
+        self._phase: Phase | None = None  # the latest, whose `_counts` are at hand
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -52,6 +53,7 @@ class History(Callback):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._histories.put({name: PhaseHistory(**state[name]) for name in state})
+        self._phase = None
 
     @on(EpochBegin)
     def begin(self, learner: Learner) -> None:
@@ -61,12 +63,14 @@ class History(Callback):
     @on(StepEnd)
     def count_step(self, learner: Learner) -> None:
         """One step more, unless it was cancelled."""
-        if not learner.step.cancelled:
-            counts = learner.history[learner.phase]
-            if counts.steps == 0:
-                counts.trains = isinstance(learner.phase, AbstractTrainingPhase)
-            counts.steps += 1
-            counts.steps_in_epoch += 1
+        if learner.step.cancelled:
+            return
+        if learner.phase is not self._phase:
+            self._phase = learner.phase
+            self._counts = self._histories[learner.phase]
+            self._counts.trains = isinstance(learner.phase, AbstractTrainingPhase)
+        self._counts.steps += 1
+        self._counts.steps_in_epoch += 1
 
     @on(EpochEnd)
     def count_epoch(self, learner: Learner) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wraploop import processes
-from wraploop.callbacks.records import number
+from wraploop.running import number
 
 Kind: TypeAlias = Literal["numbers", "histograms", "images", "text"]
 Setting: TypeAlias = float | str | bool  # one entry of a configuration

@@ -15,9 +15,9 @@ from torch import Tensor
 from wraploop.callback import Callback, on
 from wraploop.callbacks.due import at_least_one, checked_loggers, is_due
 from wraploop.callbacks.loggers import Logger, Setting, checked_configuration
-from wraploop.callbacks.records import number
 from wraploop.events import EpochEnd, FitBegin, StepEnd
 from wraploop.phases import AbstractTrainingPhase
+from wraploop.running import number
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner

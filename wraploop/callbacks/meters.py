@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from wraploop import processes
-from wraploop.callbacks.records import Series, number
+from wraploop.callbacks.records import Series
+from wraploop.running import StepState, number
 
-Stored = dict[str, Any]  # what a step has stored in its state
 _ABSENT = object()
 
 
@@ -36,22 +36,26 @@ class MeanMeter:
         """Starts an epoch."""
         self.start, self.rows = len(self.series), array("q")
 
-    def take(self, at: int, stored: Stored, rows: int) -> None:
+    def take(self, at: int, step: StepState, rows: int) -> None:
         """Takes a step's value, if the step has what the metric reads."""
-        value = self._value(stored) if self.function else stored.get(self.name, _ABSENT)
+        value = self._value(step)
         if value is _ABSENT:
             return
         try:
             self.series.append(at, value)
         except (RuntimeError, TypeError, ValueError):
             raise _no_number(self.name, value) from None
+        if not self.rows:
+            self.steps[self.name] = self.series
         self.rows.append(rows)
-        self.steps[self.name] = self.series
 
-    def _value(self, stored: Stored) -> Any:
+    def _value(self, step: StepState) -> Any:
+        stored = vars(step)
+        if self.function is None:
+            value, known = stored.get(self.name, _ABSENT), step._numbers.get(self.name)
+            return known[1] if known is not None and known[0] is value else value
         if any(name not in stored for name in self.reads):
             return _ABSENT
-        assert self.function is not None
         with torch.no_grad():
             return self.function(*(_detached(stored[name]) for name in self.reads))
 
@@ -86,8 +90,9 @@ class StateMeter:
         self.metric.reset()
         self.taken, self._seen = False, ""
 
-    def take(self, at: int, stored: Stored, rows: int) -> None:
+    def take(self, at: int, step: StepState, rows: int) -> None:
         """Takes a step's value, if the step has what the metric reads."""
+        stored = vars(step)
         if any(name not in stored for name in self.reads):
             return
         values = [_detached(stored[name]) for name in self.reads]

@@ -147,14 +147,13 @@ class Metrics(Callback):
     @on(StepEnd)
     def take(self, learner: Learner) -> None:
         """Takes the step's values."""
-        if learner.step.cancelled:
+        step = learner.step
+        if step.cancelled:
             return
-        phase, stored = learner.phase, vars(learner.step)
-        meters = self._meters.get(phase.name) or self._of_phase(learner)
-        at = learner.history[phase].steps
+        stored, at = vars(step), learner.history[learner.phase].steps
         rows = stored["rows"] if "rows" in stored else count_rows(stored["batch"])
-        for meter in meters:
-            meter.take(at, stored, rows)
+        for meter in self._meters.get(learner.phase.name) or self._of_phase(learner):
+            meter.take(at, step, rows)
 
     @on(EpochEnd)
     def finish(self, learner: Learner) -> None:

@@ -9,8 +9,8 @@ from tqdm.auto import tqdm
 
 from wraploop import processes
 from wraploop.callback import Callback, on
-from wraploop.callbacks.records import number
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
+from wraploop.running import number_in
 
 if TYPE_CHECKING:
     from wraploop.learner import Epoch, Learner
@@ -45,8 +45,9 @@ class ProgressBar(Callback):
     @on(StepEnd)
     def advance(self, learner: Learner) -> None:
         """One step further, if it is a step of the epoch's phase."""
-        bar = self._bars.get(learner.running)
-        if bar is None or learner.phase is not learner.running.phase:
+        running = learner.running
+        bar = self._bars.get(running)
+        if bar is None or learner.phase is not running.phase:
             return
         now_s = time.perf_counter()
         if now_s - self._read_s > self.losses_every_s:
@@ -70,5 +71,5 @@ def _length(batches: Any) -> int | None:
 
 
 def _losses(learner: Learner) -> dict[str, float]:
-    stored = vars(learner.step)
-    return {name: number(stored[name]) for name in learner.phase.losses if name in stored}
+    step = learner.step
+    return {name: number_in(step, name) for name in learner.phase.losses if name in vars(step)}

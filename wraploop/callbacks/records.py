@@ -15,11 +15,6 @@ _BLOCK = 64  # values that wait to be read off their device together
 Record = TypeVar("Record")
 
 
-def number(value: Tensor | float) -> float:
-    """A number, or a tensor of one element, as a number; waits for the tensor's device."""
-    return value.item() if isinstance(value, Tensor) else float(value)
-
-
 class ByPhase(Mapping[str, Record], Generic[Record]):
     """Records by phase: look up by the phase, its class or its name.
 
@@ -84,20 +79,15 @@ class Series:
 
     def append(self, at: int, value: Tensor | float) -> None:
         """Adds a number, or a tensor of one element."""
-        if not isinstance(value, Tensor):
-            self._append(float(value))
-        elif value.is_cpu:
-            self._append(value.item())
-        else:
+        if isinstance(value, Tensor) and not value.is_cpu:
             self._waiting.append(value.detach().reshape(()))
             if len(self._waiting) >= _BLOCK:
                 self._read()
+        else:
+            if self._waiting:
+                self._read()
+            self._values.append(value.item() if isinstance(value, Tensor) else value)
         self.at.append(at)
-
-    def _append(self, value: float) -> None:
-        if self._waiting:
-            self._read()
-        self._values.append(value)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The numbers and times as tensors."""

@@ -19,9 +19,9 @@ from wraploop.callbacks.checks import (
     listed,
     said,
 )
-from wraploop.callbacks.records import number
 from wraploop.callbacks.seen import Seen, first_step
 from wraploop.events import EpochBegin
+from wraploop.running import number
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner

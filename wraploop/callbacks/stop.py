@@ -11,10 +11,10 @@ from typing_extensions import override
 from wraploop import processes
 from wraploop.callback import on
 from wraploop.callbacks.meters import count_rows
-from wraploop.callbacks.records import number
 from wraploop.callbacks.updates import AroundUpdates
 from wraploop.events import BackwardEnd, CancelFit, StepBegin, StepEnd
 from wraploop.phases import AbstractTrainingPhase
+from wraploop.running import number_in
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -54,17 +54,16 @@ class StopOnNaNLoss(AroundUpdates):
     @on(BackwardEnd, AbstractTrainingPhase)
     def check(self, learner: Learner) -> None:
         """Looks at every loss of the step so far, unless the step is cancelled already."""
-        if learner.step.cancelled:  # other processes may know nothing of that
+        step = learner.step
+        if step.cancelled:  # other processes may know nothing of that
             return
         self._looked = self._knows = True
-        stored = vars(learner.step)
-        bad = ""
+        stored, bad = vars(step), []
         for name in learner.phase.losses:
-            if name in stored and not math.isfinite(value := number(stored[name])):
-                said = f"{name} is {'NaN' if math.isnan(value) else 'infinite'}"
-                bad = f"{bad} and {said}" if bad else said
-        if processes.any(bad != "" and count_rows(stored["batch"]) > 0):
-            raise CancelFit(bad or "the loss of another process is NaN or infinite")
+            if name in stored and not math.isfinite(value := number_in(step, name)):
+                bad.append(f"{name} is {'NaN' if math.isnan(value) else 'infinite'}")
+        if processes.any(bool(bad) and count_rows(stored["batch"]) > 0):
+            raise CancelFit(" and ".join(bad) or "the loss of another process is NaN or infinite")
 
     @override
     def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
