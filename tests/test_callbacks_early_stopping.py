@@ -12,6 +12,7 @@ from wraploop.callbacks.criteria import (
     PQ,
     Either,
     InvalidValue,
+    Never,
     NoImprovement,
     NumberLimit,
     Patience,
@@ -36,6 +37,7 @@ def stops_at(criterion, losses) -> int | None:
 @pytest.mark.parametrize(
     ("criterion", "losses", "stop"),
     [
+        (Never(), [1, math.nan, 9], None),
         (NoImprovement(2), [3, 2, 2.5, 1, 1, 1], 6),
         (NoImprovement(2), [3, 4, 2, 3, 1, 2, 0.5], None),
         (NoImprovement(2, min_delta=0.5), [3, 2.8, 2.7, 2], 3),

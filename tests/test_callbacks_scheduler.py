@@ -163,6 +163,19 @@ def test_a_scheduler_of_torch_is_stepped_as_by_hand(make, each):
     assert list(one.hyperparameters["lr"].values) == rates
 
 
+def test_a_scheduler_that_is_made_already_is_stepped_too():
+    optimizer = ADAM(net().parameters())
+    scheduler = StepLR(optimizer, step_size=1, gamma=0.5)
+    one = learner(model=net(), optimizer=ADAM)
+    with pytest.raises(ValueError, match="The StepLR is of another optimizer"):
+        one.callbacks.add(TorchScheduler(scheduler))
+    own = StepLR(one.optimizer, step_size=1, gamma=0.5)
+    one.callbacks.set([TorchScheduler(own)])
+    one.fit(3)
+    assert one.optimizer.param_groups[0]["lr"] == 0.01 * 0.5**3
+    assert repr(TorchScheduler(own)) == "TorchScheduler(StepLR)"
+
+
 def test_a_plateau_is_told_the_metric():
     plateau = partial(ReduceLROnPlateau, factor=0.1, patience=0, threshold=0.5)
     scheduled = TorchScheduler(plateau, metric="loss", phase=ValidationPhase)

@@ -39,6 +39,14 @@ class Criterion(ABC):
         return f"{type(self).__name__}()"
 
 
+class Never(Criterion):
+    """It is never enough."""
+
+    @override
+    def update(self, loss: float) -> str:
+        return ""
+
+
 class NoImprovement(Criterion):
     """The loss has not improved for a number of epochs.
 

@@ -120,7 +120,8 @@ class TorchScheduler(Callback):
     parameter group's rate is recorded in `learner.hyperparameters`, as by `Scheduler`.
 
     Args:
-        make: makes the scheduler when called with the optimizer, `partial(StepLR, step_size=3)`.
+        make: makes the scheduler when called with the optimizer, `partial(StepLR, step_size=3)`;
+            or a scheduler of the learner's optimizer.
         optimizer: the name of the optimizer; needed where there are several.
         each: `EpochEnd` or `StepEnd`: after what it is stepped.
         phase: the phases in which it is.
@@ -128,7 +129,7 @@ class TorchScheduler(Callback):
 
     Raises:
         ValueError: `each` is another event; when it joins a learner, an optimizer that there is
-            not, or a metric where none is needed, or none where one is.
+            not or that the scheduler is not of, a metric where none is needed, none where one is.
         TypeError: when it joins a learner, `make` makes something else.
 
     Examples:
@@ -140,7 +141,7 @@ class TorchScheduler(Callback):
 
     def __init__(
         self,
-        make: Callable[[Any], Any],
+        make: Callable[[Any], Any] | LRScheduler,
         optimizer: str = "",
         *,
         each: type[Event] = EpochEnd,
@@ -157,11 +158,18 @@ class TorchScheduler(Callback):
 
     @override
     def attach(self, learner: Learner) -> None:
-        self.scheduler = self.make(optimizer_called(learner, self.optimizer))
+        optimizer = optimizer_called(learner, self.optimizer)
+        make: Any = self.make
+        self.scheduler = make if isinstance(make, LRScheduler) else make(optimizer)
         if not isinstance(self.scheduler, LRScheduler):
             raise TypeError(
                 "Expected a function that makes a torch.optim.lr_scheduler from an optimizer, as "
                 f"`partial(StepLR, step_size=3)`, and it made {self.scheduler!r}."
+            )
+        if self.scheduler.optimizer is not optimizer:
+            raise ValueError(
+                f"The {type(self.scheduler).__name__} is of another optimizer than the learner's. "
+                "Give a function that makes it: `partial(StepLR, step_size=3)`."
             )
         if isinstance(self.scheduler, ReduceLROnPlateau) != (self.watched is not None):
             raise ValueError(
@@ -191,7 +199,8 @@ class TorchScheduler(Callback):
         self.scheduler.load_state_dict(state)
 
     def __repr__(self) -> str:
-        made = getattr(self.make, "func", self.make)
+        made: Any = getattr(self.make, "func", self.make)
+        made = type(made) if isinstance(made, LRScheduler) else made
         return f"TorchScheduler({getattr(made, '__name__', made)})"
 
 
