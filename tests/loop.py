@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from wraploop.callback import Callback, on
+from wraploop.events import CancelStep, StepBegin
 from wraploop.gan import GANTraining
 from wraploop.learner import Learner
 from wraploop.phases import AbstractTrainingPhase
@@ -85,3 +87,30 @@ def assert_equal(first: dict[str, Tensor], second: dict[str, Tensor], *, rtol=1e
     assert first.keys() == second.keys()
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=rtol, atol=atol, msg=name)
+
+
+def assert_same(mine: Any, theirs: Any) -> None:
+    """Nests of tensors and other things are equal to the bit."""
+    if isinstance(mine, Tensor):
+        assert torch.equal(mine, theirs)
+    elif isinstance(mine, dict):
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert_same(mine[key], theirs[key])
+    elif isinstance(mine, (tuple, list)):
+        for each, other in zip(mine, theirs, strict=True):
+            assert_same(each, other)
+    else:
+        assert mine == theirs
+
+
+class SkipSecond(Callback):
+    """Cancels the second step."""
+
+    count = 0
+
+    @on(StepBegin)
+    def skip(self, learner):
+        self.count += 1
+        if self.count == 2:
+            raise CancelStep

@@ -5,7 +5,17 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.loop import ADAM, GAN, assert_equal, batches, gan_learner, learner, net, weights
+from tests.loop import (
+    ADAM,
+    GAN,
+    assert_equal,
+    assert_same,
+    batches,
+    gan_learner,
+    learner,
+    net,
+    weights,
+)
 from wraploop import wrap
 from wraploop.callbacks.average import EMA
 from wraploop.callbacks.checkpoints import Checkpoints
@@ -110,17 +120,6 @@ def test_a_fit_goes_on_from_a_checkpoint_as_if_it_had_never_stopped(tmp_path):
     for mine, theirs in zip(resumed.callbacks, through.callbacks, strict=True):
         assert_same(mine.state_dict(), theirs.state_dict())
     assert names(tmp_path / "through") == names(tmp_path / "stopped")
-
-
-def assert_same(mine, theirs):
-    if isinstance(mine, torch.Tensor):
-        assert torch.equal(mine, theirs)
-    elif isinstance(mine, dict):
-        assert mine.keys() == theirs.keys()
-        for key in mine:
-            assert_same(mine[key], theirs[key])
-    else:
-        assert mine == theirs
 
 
 def test_a_checkpoint_has_what_callbacks_know_at_its_epoch_whatever_their_order(tmp_path):

@@ -5,12 +5,22 @@ import pytest
 import torch
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
-from tests.loop import ADAM, GAN, assert_equal, batches, gan_learner, learner, net, weights
+from tests.loop import (
+    ADAM,
+    GAN,
+    SkipSecond,
+    assert_equal,
+    batches,
+    gan_learner,
+    learner,
+    net,
+    weights,
+)
 from wraploop.callback import Callback, on
 from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
-from wraploop.events import CancelStep, EpochBegin, FitEnd, StepBegin, StepEnd
+from wraploop.events import EpochBegin, FitEnd, StepBegin, StepEnd
 from wraploop.phases import TrainingPhase, ValidationPhase
 from wraploop.schedules import one_cycle
 
@@ -44,16 +54,7 @@ def test_a_rate_may_be_set_epoch_by_epoch():
 
 
 def test_cancelled_steps_do_not_count():
-    class Skip(Callback):
-        count = 0
-
-        @on(StepBegin)
-        def skip(self, learner):
-            self.count += 1
-            if self.count == 2:
-                raise CancelStep
-
-    one = learner(Skip(), Scheduler(lr=lambda step: 0.1 / (1 + step)))
+    one = learner(SkipSecond(), Scheduler(lr=lambda step: 0.1 / (1 + step)))
     one.epoch(TrainingPhase())
     parts = batches()
     assert_equal(weights(one.model), by_hand([0.1, 0.05, 0.1 / 3], [parts[0], *parts[2:]]))

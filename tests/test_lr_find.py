@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from tests.loop import ADAM, GAN, batches, gan_learner, learner
+from tests.loop import ADAM, GAN, assert_same, batches, gan_learner, learner
 from wraploop import wrap
 from wraploop.callbacks.gradients import ClipGradients
 from wraploop.callbacks.history import History
@@ -23,20 +23,6 @@ def everything(one):
     states = torch.get_rng_state(), random.getstate()
     records = repr(one.history), repr(one.metrics), one.step, one.stopped
     return models, optimizers, states, records
-
-
-def assert_same(a, b):
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (tuple, list)):
-        for mine, theirs in zip(a, b, strict=True):
-            assert_same(mine, theirs)
-    else:
-        assert a == b
 
 
 def noisy():

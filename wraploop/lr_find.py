@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wraploop import named, processes
 from wraploop.callback import Callback, on
-from wraploop.callbacks.meters import count_rows
+from wraploop.callbacks.meters import rows_of
 from wraploop.callbacks.scheduler import optimizer_called
 from wraploop.events import CancelEpoch, StepBegin, StepEnd
 from wraploop.phases import Phase, TrainingPhase
@@ -177,7 +177,7 @@ def _changes_steps(callback: Callback) -> bool:
 def _mean_over_processes(loss: float, stored: dict[str, Any]) -> float:
     if processes.world_size() == 1:
         return loss
-    rows = stored["rows"] if "rows" in stored else count_rows(stored["batch"])
+    rows = rows_of(stored)
     total = processes.sum(loss * rows if rows else 0.0)
     return total / max(processes.sum(rows), 1)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from typing_extensions import override
 
 from wraploop import processes
 from wraploop.callback import on
-from wraploop.callbacks.meters import count_rows
+from wraploop.callbacks.meters import rows_of
 from wraploop.callbacks.updates import AroundUpdates, parameters_of
 from wraploop.events import EpochEnd
 from wraploop.phases import AbstractTrainingPhase
@@ -101,7 +100,7 @@ class AccumulateGradients(AroundUpdates):
     @override
     def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
         so_far = self._sums.setdefault(name, _Sum())
-        weight = processes.sum(_rows(learner)) if self.reduction == "mean" else 1.0
+        weight = processes.sum(rows_of(vars(learner.step))) if self.reduction == "mean" else 1.0
         so_far.add(optimizer, weight)
         is_due = so_far.steps == self.steps
         if is_due:
@@ -146,8 +145,3 @@ class _Sum:
             so_far = self.gradients.get(parameter)
             self.gradients[parameter] = weighted if so_far is None else so_far + weighted
             parameter.grad = None
-
-
-def _rows(learner: Learner) -> int:
-    stored: Mapping[str, Any] = vars(learner.step)
-    return stored["rows"] if "rows" in stored else count_rows(stored["batch"])

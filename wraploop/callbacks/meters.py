@@ -115,6 +115,11 @@ class StateMeter:
         return {name: _as_number(name, each) for name, each in values.items()}
 
 
+def rows_of(stored: Mapping[str, Any]) -> int:
+    """How many rows a step has, by what it has stored."""
+    return stored["rows"] if "rows" in stored else count_rows(stored["batch"])
+
+
 def count_rows(batch: Any) -> int:
     """The rows of the first tensor in a nest of tensors; 1 if there is none.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wraploop.callback import Callback, on
-from wraploop.callbacks.meters import MeanMeter, StateMeter, count_rows
+from wraploop.callbacks.meters import MeanMeter, StateMeter, rows_of
 from wraploop.callbacks.records import ByPhase, Series
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
 from wraploop.phases import Phase
@@ -151,7 +151,7 @@ class Metrics(Callback):
         if step.cancelled:
             return
         stored, at = vars(step), learner.history[learner.phase].steps
-        rows = stored["rows"] if "rows" in stored else count_rows(stored["batch"])
+        rows = rows_of(stored)
         for meter in self._meters.get(learner.phase.name) or self._of_phase(learner):
             meter.take(at, step, rows)
 

@@ -58,12 +58,13 @@ class StopOnNaNLoss(AroundUpdates):
         if step.cancelled:  # other processes may know nothing of that
             return
         self._looked = self._knows = True
-        stored, bad = vars(step), []
+        stored, bad = vars(step), ""
         for name in learner.phase.losses:
             if name in stored and not math.isfinite(value := number_in(step, name)):
-                bad.append(f"{name} is {'NaN' if math.isnan(value) else 'infinite'}")
-        if processes.any(bool(bad) and count_rows(stored["batch"]) > 0):
-            raise CancelFit(" and ".join(bad) or "the loss of another process is NaN or infinite")
+                said = f"{name} is {'NaN' if math.isnan(value) else 'infinite'}"
+                bad = f"{bad} and {said}" if bad else said
+        if processes.any(bad != "" and count_rows(stored["batch"]) > 0):
+            raise CancelFit(bad or "the loss of another process is NaN or infinite")
 
     @override
     def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
