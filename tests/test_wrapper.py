@@ -1,6 +1,7 @@
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -236,3 +237,19 @@ def test_lanes_around_processes_are_refused():
     inside = nn.Sequential(DistributedModel(nn.Linear(3, 1)))
     with pytest.raises(ValueError, match=r"DistributedModel in it \('0'\) in lanes"):
         ThreadedCPUParallel(inside)
+
+
+def test_statistics_that_a_batch_norm_takes_outside_are_seen_by_the_next_forward(wrap):
+    plain: Any = nn.BatchNorm1d(3).double()
+    wrapped = wrap(copy.deepcopy(plain))
+    x = 3 * torch.randn(8, 3).double() + 1
+    for model in (plain, wrapped):
+        model.eval()(x)
+        model.train()
+    plain(x)
+    wrapped.module(x)
+    for _ in range(3):
+        torch.testing.assert_close(wrapped.eval()(x), plain.eval()(x), rtol=1e-10, atol=1e-14)
+    plain.running_mean.data.add_(1.0)
+    wrapped.module.running_mean.data.add_(1.0)
+    torch.testing.assert_close(wrapped(x), plain(x), rtol=1e-10, atol=1e-14)

@@ -166,9 +166,13 @@ class Callbacks:
 
     def set(self, callbacks: Iterable[Callback]) -> None:
         """Replaces all callbacks by these."""
+        if isinstance(callbacks, Callback):
+            raise TypeError(f"Expected a list of callbacks, and got {callbacks!r}: write [...].")
         listed = list(callbacks)
-        for callback in listed:
+        for index, callback in enumerate(listed):
             _check_callback(callback)
+            if any(callback is other for other in listed[:index]):
+                raise ValueError(f"{callback!r} is in the list of callbacks twice.")
         self._ordered, self._listed = in_order(listed), listed
         for table in self._tables.values():
             table.clear()

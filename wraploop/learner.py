@@ -12,7 +12,7 @@ from torch import nn
 
 from wraploop import named
 from wraploop.callback import Callback, Callbacks, WrittenBy
-from wraploop.callbacks.defaults import with_defaults
+from wraploop.callbacks.defaults import for_evaluation, with_defaults
 from wraploop.callbacks.function import FunctionCallback
 from wraploop.callbacks.strict import Strict
 from wraploop.checkpoint import load, save
@@ -28,7 +28,7 @@ from wraploop.events import (
     StepEnd,
 )
 from wraploop.fired import check_fired
-from wraploop.phases import Batch, Phase, checked_phase, no_loss_fn, standard_phases
+from wraploop.phases import Batch, Phase, ValidationPhase, checked_phase, standard_phases
 from wraploop.plan import plan
 from wraploop.plots import plot_metrics
 from wraploop.running import Batches, Epoch, StepState
@@ -99,7 +99,7 @@ class Learner:
     ) -> None:
         self.model: Any = named.models(model)
         self.optimizer: Any = named.optimizers(self.model, optimizer)
-        self.loss_fn: Callable[..., Any] = loss_fn or no_loss_fn
+        self.loss_fn: Callable[..., Any] = named.loss_fn(loss_fn)
         self.data = named.data(data)
         self.step, self.in_step = StepState(), False
         self.phase: Any = None  # a Phase while one runs
@@ -120,9 +120,11 @@ class Learner:
                 there is data for it, validation.
 
         Raises:
-            ValueError: there are no batches for a phase, or a callback answers an event that none
-                of the phases fires.
+            ValueError: `epochs` is no count, there are no batches for a phase, or a callback
+                answers an event that none of the phases fires.
         """
+        if not isinstance(epochs, int) or epochs < 0:
+            raise ValueError(f"Expected a number of epochs, 0 or more, and got {epochs!r}.")
         planned = named.planned(phases, self.data)
         self.phases = [phase for phase, _ in planned]
         check_fired(self.callbacks, self.phases)
@@ -143,6 +145,31 @@ class Learner:
         with self.run_epoch(phase, batches) as epoch:
             for batch in epoch:
                 self.run_step(phase, batch)
+
+    def evaluate(
+        self, phase: Phase | None = None, batches: Batches | None = None
+    ) -> dict[str, float]:
+        """Runs an epoch of validation by itself, and returns its metrics by name.
+
+        History and records stay as they are, and of the callbacks only metrics, progress and those
+        that change a step take part: it saves, stops and logs nothing.
+
+        Args:
+            phase: `ValidationPhase` unless given.
+            batches: the learner's own unless given.
+
+        Examples:
+            >>> batches = [(torch.ones(4, 2), torch.zeros(4, 1))]
+            >>> learner = Learner(
+            ...     nn.Linear(2, 1), nn.L1Loss(), optimizer=torch.optim.SGD, data=([], batches)
+            ... )
+            >>> list(learner.evaluate())
+            ['loss']
+        """
+        phase = phase or ValidationPhase()
+        with self.using(callbacks=for_evaluation(self.callbacks.listed)):
+            self.epoch(phase, batches)
+            return self.metrics[phase].at_epoch(1)
 
     @contextmanager
     def run_epoch(self, phase: Phase, batches: Batches | None = None) -> Iterator[Epoch]:
@@ -327,12 +354,16 @@ class Learner:
         """Draws metrics over epochs; see `plots.plot_metrics`."""
         return plot_metrics(self)
 
-    def plan(self) -> str:
-        """What there is, and which callbacks answer which event in which order."""
-        return plan(self)
+    def plan(self, phases: Iterable[Phase] = ()) -> str:
+        """What there is, and which callbacks answer which event in which order.
+
+        Args:
+            phases: of the epochs; those of the last fit unless given.
+        """
+        return plan(self, list(phases) or self.phases)
 
     def __str__(self) -> str:
-        return plan(self)
+        return self.plan()
 
     def __repr__(self) -> str:
         models = ", ".join(self.models)

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import nn
 from torch.optim import Optimizer
 
-from wraploop.phases import Phase, checked_phase, standard_phases
+from wraploop.phases import Phase, checked_phase, no_loss_fn, standard_phases
 from wraploop.running import Batches
 
 Models: TypeAlias = nn.Module | Mapping[str, nn.Module]
@@ -72,6 +72,20 @@ class Named(Mapping[str, Any]):
 def by_name(things: Any, alone: str) -> dict[str, Any]:
     """The things by name; one that is alone is called `alone`."""
     return dict(things) if isinstance(things, Named) else {alone: things}
+
+
+def loss_fn(given: Any) -> Callable[..., Any]:
+    """The loss function; without one, what says so when it is called.
+
+    Raises:
+        TypeError: it cannot be called, or is the class of one.
+    """
+    if given is None:
+        return no_loss_fn
+    if isinstance(given, type) or not callable(given):
+        hint = " Make one of it first: add parentheses." if isinstance(given, type) else ""
+        raise TypeError(f"Expected a loss function, and got {given!r}.{hint}")
+    return given
 
 
 def models(model: Models) -> nn.Module | Named:
@@ -160,7 +174,13 @@ def data(data: Batches | Mapping[str, Batches] | None) -> dict[str, Batches]:
 def planned(
     phases: Iterable[Phase | tuple[Phase, Batches]], data: Mapping[str, Batches]
 ) -> list[tuple[Phase, Batches]]:
-    """Phases with the batches that they run over; the standard ones if there are none."""
+    """Phases with the batches that they run over; the standard ones if there are none.
+
+    Raises:
+        TypeError: `phases` is one phase, not a list.
+    """
+    if isinstance(phases, Phase):
+        raise TypeError(f"Expected a list of phases, and got {phases!r}: write [{phases.name}()].")
     pairs = [p if isinstance(p, tuple) else (p, batches(p, data)) for p in phases]
     if pairs:
         return [(checked_phase(phase), over) for phase, over in pairs]

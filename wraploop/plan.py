@@ -38,7 +38,7 @@ _IN_ORDER = [
 ]
 
 
-def plan(learner: Learner) -> str:
+def plan(learner: Learner, phases: list[Phase]) -> str:
     """Models, optimizers, data and phases, and callbacks by event, in order, one a line."""
     return "\n".join(
         [
@@ -49,9 +49,9 @@ def plan(learner: Learner) -> str:
             "data",
             *_indented(f"{name}: {_batches(each)}" for name, each in learner.data.items()),
             "phases of an epoch",
-            *_indented(f"{phase.name} over {phase.data} data" for phase in learner.phases),
+            *_indented(f"{phase.name} over {phase.data} data" for phase in phases),
             "callbacks in their order, by event",
-            *_indented(_events(learner)),
+            *_indented(_events(learner, phases)),
         ]
     )
 
@@ -87,17 +87,17 @@ def _batches(batches: Any) -> str:
         return f"batches without a length ({type(batches).__name__})"
 
 
-def _events(learner: Learner) -> Iterator[str]:
+def _events(learner: Learner, phases: list[Phase]) -> Iterator[str]:
     callbacks = list(learner.callbacks)
     for event in _IN_ORDER:
-        answers = [_answers(callback, event, learner.phases) for callback in callbacks]
+        answers = [_answers(callback, event, phases) for callback in callbacks]
         answers = [answer for answer in answers if answer]
         if answers:
             yield f"{event.__name__}: {', '.join(answers)}"
     for event in _own_events(callbacks):
-        answers = [_answers(callback, event, learner.phases) for callback in callbacks]
+        answers = [_answers(callback, event, phases) for callback in callbacks]
         yield f"{event.__name__}: {', '.join(answer for answer in answers if answer)}"
-    silent = [c for c in callbacks if not any(_answers(c, e, learner.phases) for e in _all(c))]
+    silent = [c for c in callbacks if not any(_answers(c, e, phases) for e in _all(c))]
     if silent:
         yield f"never called in these phases: {', '.join(map(_name, silent))}"
 

@@ -33,7 +33,8 @@ class EMA(AroundUpdates):
             model's under any wrapper.
 
     Raises:
-        ValueError: a decay outside of [0, 1); when it joins a learner, a model that there is not.
+        ValueError: a decay outside of [0, 1); when it joins a learner, a model that there is not;
+            in use, it has joined none.
 
     Examples:
         >>> from functools import partial
@@ -85,6 +86,11 @@ class EMA(AroundUpdates):
     @contextmanager
     def in_use(self, learner: Learner) -> Iterator[None]:
         """While open, the models have the averages as their weights."""
+        if not self.averages:
+            raise ValueError(
+                f"{self!r} has no averages: it has joined no learner. Give it to the learner's "
+                "callbacks before training: Learner(..., callbacks=[ema])."
+            )
         weights = {name: _copies(learner, name) for name in self.averages}
         try:
             _put(learner, self.averages)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -47,8 +49,9 @@ class Checkpoints(Callback):
         every_epochs: after every so many-th epoch.
 
     Raises:
-        ValueError: another mode, a negative number; as a fit begins, a phase that it does not run;
-            after an epoch, a metric that there is not.
+        ValueError: another mode, a negative number; as a fit begins, a phase that it does not run,
+            or a metric that there is not.
+        OSError: as a fit begins, it cannot write to the folder.
     """
 
     reads = ("callbacks", "history", "metrics", "model", "optimizer", "phases")
@@ -74,18 +77,30 @@ class Checkpoints(Callback):
 
     @property
     def latest(self) -> Path | None:
-        """The newest checkpoint."""
-        return self.folder / self.saved[-1].name if self.saved else None
+        """The newest checkpoint; of those in the folder if none has been saved here."""
+        saved = self.saved or self._found()
+        return self.folder / max(saved, key=lambda each: each.epoch).name if saved else None
 
     @property
     def best(self) -> Path | None:
-        """The one with the best metric."""
-        return self.folder / min(self.saved, key=self._rank).name if self.saved else None
+        """The one with the best metric; of those in the folder if none has been saved here."""
+        saved = self.saved or self._found()
+        return self.folder / min(saved, key=self._rank).name if saved else None
 
     @on(FitBegin)
     def begin(self, learner: Learner) -> None:
-        """Checks that there is something to go by."""
+        """Checks that there is something to go by, and somewhere to save."""
         self.watched.check(learner)
+        wrong = ""
+        if processes.is_main_process():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=self.folder):
+                    pass
+            except OSError as error:
+                wrong = f"{self!r} cannot write to its folder: {error}"
+        if wrong := processes.broadcast(wrong):
+            raise OSError(wrong)
 
     @on(EpochEnd)
     def save(self, learner: Learner) -> None:
@@ -106,6 +121,12 @@ class Checkpoints(Callback):
             for each in removed:
                 shutil.rmtree(self.folder / each.name, ignore_errors=True)
 
+    def _found(self) -> list[Saved]:
+        """What lies in the folder, by its name."""
+        name = re.compile(rf"epoch_(\d+)_{re.escape(self.watched.metric)}_(\S+)")
+        there = map(name.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else [])
+        return [Saved(int(each[1]), float(each[2]), each[0]) for each in there if each]
+
     def _kept(self) -> list[Saved]:
         if self.keep_top_k is None:
             return self.saved
@@ -119,11 +140,13 @@ class Checkpoints(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"saved": [astuple(each) for each in self.saved]}
+        return {"saved": [astuple(each) for each in self.saved], "seen": self.watched.seen}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.saved = [Saved(*each) for each in state["saved"]]
+        self.watched.seen = state["seen"]
 
     def __repr__(self) -> str:
-        return f"Checkpoints({str(self.folder)!r}, {self.watched.metric!r})"
+        kept = f"{self.watched.metric!r}, mode={self.mode!r}, keep_top_k={self.keep_top_k}"
+        return f"Checkpoints({str(self.folder)!r}, {kept})"

@@ -7,6 +7,7 @@ Source: Prechelt, Early Stopping - but when?, 1998; names as in EarlyStopping.jl
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from abc import ABC, abstractmethod
@@ -36,7 +37,9 @@ class Criterion(ABC):
         vars(self).update(state)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        names = inspect.signature(type(self)).parameters
+        options = [f"{name}={vars(self)[name]!r}" for name in names if name in vars(self)]
+        return f"{type(self).__name__}({', '.join(options)})"
 
 
 class Never(Criterion):

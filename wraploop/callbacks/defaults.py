@@ -16,3 +16,19 @@ def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
     kinds = [getattr(callback, "unwrapped", callback) for callback in given]
     standard = [History(), Metrics(), ProgressBar(), EpochTable(), StopOnNaNLoss()]
     return [d for d in standard if not any(isinstance(k, type(d)) for k in kinds)] + given
+
+
+def for_evaluation(callbacks: Iterable[Callback]) -> list[Callback]:
+    """Those that take part in an evaluation: metrics and counts of its own, and what changes steps.
+
+    Callbacks that write `step.` something change steps.
+    """
+    given = list(callbacks)
+    metrics = next((each.unwrapped for each in given if isinstance(each.unwrapped, Metrics)), None)
+    own = [History(), metrics.fresh() if isinstance(metrics, Metrics) else Metrics()]
+    kept = [each for each in given if isinstance(each.unwrapped, ProgressBar) or _changes(each)]
+    return [*own, *kept]
+
+
+def _changes(callback: Callback) -> bool:
+    return any(written.startswith("step.") for written in callback.writes)

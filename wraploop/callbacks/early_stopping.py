@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,7 @@ class EarlyStopping(Callback):
     Examples:
         >>> from wraploop.callbacks.criteria import GL, Either, NumberLimit
         >>> EarlyStopping(Either(GL(alpha=5), NumberLimit(200)), metric="error")
-        EarlyStopping(Either(GL(), NumberLimit()), metric='error')
+        EarlyStopping(Either(GL(alpha=5), NumberLimit(epochs=200)), metric='error')
     """
 
     reads = ("history", "metrics", "phases")
@@ -52,11 +53,15 @@ class EarlyStopping(Callback):
             raise ValueError(f"Expected the mode 'min' or 'max', and got {mode!r}.")
         self.criterion = NoImprovement(criterion) if isinstance(criterion, int) else criterion
         self.watched, self.sign = Watched(metric, phase), 1 if mode == "min" else -1
+        self._fresh, self._has_stopped = copy.deepcopy(self.criterion.state_dict()), False
 
     @on(FitBegin)
     def begin(self, learner: Learner) -> None:
-        """Checks that there is something to watch."""
+        """Checks that there is something to watch; begins anew after a fit that it has ended."""
         self.watched.check(learner)
+        if self._has_stopped:
+            self.criterion.load_state_dict(copy.deepcopy(self._fresh))
+        self._has_stopped = False
 
     @on(EpochEnd)
     def check(self, learner: Learner) -> None:
@@ -72,16 +77,17 @@ class EarlyStopping(Callback):
             reasons.append(self.criterion.update(self.sign * self.watched.value(learner)))
         reason = " and ".join(filter(None, reasons))
         if processes.any(bool(reason)):
-            reason = reason or "another process says so"
+            reason, self._has_stopped = reason or "another process says so", True
             raise CancelFit(f"{self.watched.metric} of {learner.phase.name}: {reason}")
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.criterion.state_dict()
+        return {"criterion": self.criterion.state_dict(), "seen": self.watched.seen}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.criterion.load_state_dict(state)
+        self.criterion.load_state_dict(state["criterion"])
+        self.watched.seen = state["seen"]
 
     def __repr__(self) -> str:
         return f"EarlyStopping({self.criterion!r}, metric={self.watched.metric!r})"

@@ -59,6 +59,21 @@ class PhaseMetrics:
         return f"PhaseMetrics(epochs={self.epochs})"
 
 
+class AllMetrics(ByPhase[PhaseMetrics]):
+    """The metrics of all phases."""
+
+    def __init__(self, metrics: list[Metric]) -> None:
+        super().__init__(PhaseMetrics)
+        self._metrics = metrics
+
+    def names(self, phase: Phase) -> list[str]:
+        """What a phase's metrics are called; none if that shows only when they are computed."""
+        metrics = [each for each in self._metrics if isinstance(phase, each.phase)]
+        if any(hasattr(each.of, "compute") for each in metrics):
+            return []
+        return [*phase.losses, *(each.name for each in metrics)]
+
+
 class Metric:
     """A function of what a step stored, or a torchmetrics object fed with it.
 
@@ -83,8 +98,9 @@ class Metric:
         phase: type[Phase] = Phase,
         reads: tuple[str, ...] = ("outputs", "targets"),
     ) -> None:
-        if not callable(of):
-            raise TypeError(f"Expected a function or a torchmetrics object, and got {of!r}.")
+        if not callable(of) or isinstance(of, type):
+            hint = " Make one of it first: add parentheses." if isinstance(of, type) else ""
+            raise TypeError(f"Expected a function or a torchmetrics object, and got {of!r}.{hint}")
         self.of, self.phase, self.reads = of, phase, reads
         self.name = name or getattr(of, "__name__", type(of).__name__.lower())
 
@@ -119,6 +135,10 @@ class Metrics(Callback):
         _check_names(self.names)
         self._meters: dict[str, list[Meter]] = {}
 
+    def fresh(self) -> Metrics:
+        """The same metrics, with nothing taken yet."""
+        return Metrics(*self.metrics)
+
     @property
     def names(self) -> list[str]:
         """The names of the metrics, the losses aside."""
@@ -126,7 +146,7 @@ class Metrics(Callback):
 
     @override
     def attach(self, learner: Learner) -> None:
-        self._records = learner.metrics = ByPhase(PhaseMetrics)
+        self._records = learner.metrics = AllMetrics(self.metrics)
         self._meters = {}
 
     @override

@@ -66,7 +66,8 @@ class TimingTable:
         rows = [("phase", "what", "count", "total s", "mean ms")]
         for phase in dict.fromkeys([*self.gaps, *self.calls]):
             for durations in (self.gaps, self.calls):
-                for what, took in durations[phase].items() if phase in durations else ():
+                took_most = durations[phase].items() if phase in durations else ()
+                for what, took in sorted(took_most, key=lambda item: -item[1].total_s):
                     total, mean = f"{took.total_s:.4f}", f"{took.mean_s * 1000:.4f}"
                     rows.append((phase, what, str(took.count), total, mean))
         first, second = (max(len(row[i]) for row in rows) for i in (0, 1))

@@ -11,7 +11,9 @@ if TYPE_CHECKING:
 
 
 class Watched:
-    """A metric of one phase, epoch by epoch.
+    """A metric of one phase, epoch by epoch, of those epochs before which something was trained.
+
+    An evaluation, an epoch of validation by itself, so is not taken for news.
 
     Args:
         metric: its name.
@@ -20,13 +22,20 @@ class Watched:
 
     def __init__(self, metric: str, phase: type[Phase] | None) -> None:
         self.metric, self.phase = metric, phase
+        self.seen = 0  # training steps when it was last due
 
     def check(self, learner: Learner) -> None:
-        """Checks that the fit runs the phase.
+        """Checks that the fit runs the phase, and takes the metric as far as that is known.
 
         Raises:
             ValueError: it does not.
         """
+        for phase in learner.phases:
+            names = learner.metrics.names(phase)
+            if isinstance(phase, self._kind(learner)) and names and self.metric not in names:
+                raise ValueError(
+                    f"{phase.name} has no metric {self.metric!r}; it has {', '.join(names)}."
+                )
         if not any(isinstance(phase, self._kind(learner)) for phase in learner.phases):
             raise ValueError(
                 f"{self.metric!r} of {self._kind(learner).__name__} is watched, and this fit runs "
@@ -34,8 +43,11 @@ class Watched:
             )
 
     def is_due(self, learner: Learner) -> bool:
-        """Whether the epoch that ends has the metric."""
-        return not learner.running.broken and isinstance(learner.phase, self._kind(learner))
+        """Whether the epoch that ends has the metric, and tells something new."""
+        if learner.running.broken or not isinstance(learner.phase, self._kind(learner)):
+            return False
+        before, self.seen = self.seen, learner.history.training_steps
+        return self.seen != before
 
     def value(self, learner: Learner) -> float:
         """What it has come to in the epoch that ends.

@@ -139,7 +139,9 @@ class Replica:
                 raise RuntimeError(_LEAKED)
         for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
             changed = (
-                version_of(buffer) != self._taken_over[i] or version_of(copy) != self._before[i]
+                version_of(buffer) != self._taken_over[i]
+                or version_of(copy) != self._before[i]
+                or buffer.is_floating_point()  # torch's batch norm writes, and counts no version
             )
             if changed and copy is not buffer:
                 copy.copy_(buffer)
