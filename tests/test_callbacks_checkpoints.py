@@ -183,10 +183,10 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_whole(tmp_path):
 def test_what_does_not_fit_is_an_error(tmp_path):
     learner().save(tmp_path / "here")
     with pytest.raises(
-        FileNotFoundError, match=r"generator\.safetensors: the checkpoint has \['lea"
+        FileNotFoundError, match=r"generator\.safetensors in the checkpoint .*\['learner"
     ):
         gan_learner().load(tmp_path / "here")
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="it is no folder"):
         learner().load(tmp_path / "nowhere")
     wider = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()
     with pytest.raises(RuntimeError, match="size mismatch"):

@@ -59,11 +59,15 @@ class Callback:
     Attributes:
         reads, writes: names of what it reads and writes.
         fires: events of your own that it fires with `learner.handle`.
+        may_miss: events that it answers, and that need not be fired by anyone.
+        home: the callbacks that it has joined last.
     """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     fires: tuple[type[Event], ...] = ()
+    may_miss: tuple[type[Event], ...] = ()
+    home: weakref.ref[Callbacks] | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -97,6 +101,15 @@ class Callback:
         methods = [(name, getattr(getattr(type(self), name), "marks", ())) for name in names]
         return [(*mark, getattr(self, name)) for name, marks in methods for mark in marks]
 
+    def called_at(self, event: type[Event], phase: type) -> list[Call]:
+        """What is called at an event in a phase; a method with several marks that match, once."""
+        calls: list[Call] = []
+        for on_event, on_phase, call in self.handlers():
+            matches = issubclass(event, on_event)
+            if matches and (on_phase is Phase or issubclass(phase, on_phase)) and call not in calls:
+                calls.append(call)
+        return calls
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}()"
 
@@ -117,14 +130,12 @@ class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
         self._callbacks, self._phase, self._watchers = callbacks, phase, watchers
 
     def __missing__(self, event: type[Event]) -> tuple[tuple[Callback, Call], ...]:
-        calls = {
-            call: callback
+        calls = [
+            (callback, call)
             for callback in self._callbacks
-            for on_event, on_phase, call in callback.handlers()
-            if issubclass(event, on_event)
-            if on_phase is Phase or issubclass(self._phase, on_phase)
-        }
-        self[event] = tuple((who, self._around(who, call)) for call, who in calls.items())
+            for call in callback.called_at(event, self._phase)
+        ]
+        self[event] = tuple((who, self._around(who, call)) for who, call in calls)
         return self[event]
 
     def _around(self, callback: Callback, call: Call) -> Call:
@@ -154,7 +165,6 @@ class Callbacks:
     ) -> None:
         self._learner, self._watchers = learner, watchers
         self._listed: list[Callback] = []
-        self._attached: list[weakref.ref[Callback]] = []
         self._tables: dict[type, Table] = {}
         self.choose_table(type(None))
         self.set(callbacks)
@@ -177,10 +187,23 @@ class Callbacks:
         for table in self._tables.values():
             table.clear()
         for callback in listed:
-            if not any(callback is old() for old in self._attached):
-                self._attached = [old for old in self._attached if old() is not None]
-                self._attached.append(weakref.ref(callback))
+            if callback.home is None or callback.home() is not self:
+                callback.home = weakref.ref(self)
                 callback.attach(self._learner)
+
+    def check_joined(self) -> None:
+        """Checks that no callback that keeps something for a learner has joined another since.
+
+        Raises:
+            ValueError: one has.
+        """
+        for callback in self._listed:
+            keeps = type(callback.unwrapped).attach is not Callback.attach
+            if keeps and callback.home is not None and callback.home() is not self:
+                raise ValueError(
+                    f"{callback!r} has joined another learner since, and what it keeps is that "
+                    "one's: give each learner a callback of its own."
+                )
 
     def add(self, callback: Callback) -> None:
         """Adds a callback at the end of the list."""

@@ -28,7 +28,14 @@ from wraploop.events import (
     StepEnd,
 )
 from wraploop.fired import check_fired
-from wraploop.phases import Batch, Phase, ValidationPhase, checked_phase, standard_phases
+from wraploop.phases import (
+    AbstractTrainingPhase,
+    Batch,
+    Phase,
+    ValidationPhase,
+    checked_phase,
+    standard_phases,
+)
 from wraploop.plan import plan
 from wraploop.plots import plot_metrics
 from wraploop.running import Batches, Epoch, StepState
@@ -38,6 +45,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+_LONG = (FitBegin, EpochBegin)  # in which a callback may join that answers their end
 
 
 class Learner:
@@ -108,6 +118,7 @@ class Learner:
         self.event: Event | None = None
         self.stopped: CancelFit | None = None
         self._due: Due = []
+        self._fits = 0  # that are running, one within the other
         callbacks = with_defaults(callbacks) if default_callbacks else callbacks
         self.callbacks = Callbacks(self, callbacks, watchers=(Strict(),) if strict else ())
 
@@ -126,6 +137,19 @@ class Learner:
         if not isinstance(epochs, int) or epochs < 0:
             raise ValueError(f"Expected a number of epochs, 0 or more, and got {epochs!r}.")
         planned = named.planned(phases, self.data)
+        if any(isinstance(phase, AbstractTrainingPhase) for phase, _ in planned):
+            named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
+        self.callbacks.check_joined()
+        outer = self.phases if self._fits else None
+        self._fits += 1
+        try:
+            self._fit(epochs, planned)
+        finally:
+            self._fits -= 1
+            if outer is not None:  # a fit within a fit
+                self.phases = outer
+
+    def _fit(self, epochs: int, planned: list[tuple[Phase, Batches]]) -> None:
         self.phases = [phase for phase, _ in planned]
         check_fired(self.callbacks, self.phases)
         self.stopped = None
@@ -135,6 +159,7 @@ class Learner:
                 for _ in range(epochs):
                     for phase, batches in planned:
                         self.epoch(phase, batches)
+                self.stopped = None  # which a fit within this one may have set
         except CancelFit as cancel:
             self._stop(cancel.with_traceback(None))
             cancel.__context__ = None  # it would keep tensors alive
@@ -255,7 +280,7 @@ class Learner:
         kind, table = type(event), self.callbacks.table
         calls, end = table[kind], kind.end
         if end is not None:
-            if calls or table[end]:
+            if calls or table[end] or kind in _LONG:
                 self._due.insert(0, end)
         elif kind in self._due:
             self._due.remove(kind)
@@ -317,10 +342,20 @@ class Learner:
             >>> type(learner.optimizer).__name__
             'SGD'
         """
+        for average in averages:
+            if not hasattr(average, "in_use"):
+                raise TypeError(
+                    "Expected what puts averages in place of weights, an EMA, and got "
+                    f"{average!r}. Anything else is given by name: using(callbacks=[...])."
+                )
         with swap(self, swapped), ExitStack() as stack:
             for average in averages:
                 stack.enter_context(average.in_use(self))
             yield
+
+    def calls(self, callback: Callback) -> bool:
+        """Whether it is one of the learner's callbacks now."""
+        return any(each.unwrapped is callback for each in self.callbacks)
 
     @property
     def models(self) -> dict[str, nn.Module]:

@@ -64,11 +64,17 @@ def grouped(
             if inside:
                 scaled = {"lr": group["lr"] * scale, "lr_scale": group.get("lr_scale", 1.0) * scale}
                 cut.append({**group, **scaled, "params": inside})
+    put = [  # a checkpoint has the optimizer's own groups, so that it can be loaded afterwards
+        optimizer.register_state_dict_pre_hook(lambda it: setattr(it, "param_groups", own)),
+        optimizer.register_state_dict_post_hook(lambda it, _: setattr(it, "param_groups", cut)),
+    ]
     optimizer.param_groups = cut
     try:
         yield
     finally:
         optimizer.param_groups = own
+        for hook in put:
+            hook.remove()
 
 
 def _places(optimizer: Optimizer, lists: Iterable[list[nn.Parameter]]) -> dict[Any, int]:

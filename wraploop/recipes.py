@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from wraploop import named
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
 from wraploop.freezing import Part, frozen
@@ -116,9 +118,10 @@ def fine_tune(
     """
     name = _only(learner, model)
     tuned = name if name in learner.optimizers else next(iter(learner.optimizers))
-    parts = list(groups) or by_layer(learner.models[name])
+    parts = [part if isinstance(part, nn.Module) else list(part) for part in groups]
+    parts = parts or by_layer(learner.models[name])
     last = max(len(parts) - 1, 1)
-    scales = [backbone_factor ** ((last - index) / last) for index in range(len(parts))]
+    scales = [backbone_factor ** ((len(parts) - 1 - i) / last) for i in range(len(parts))]
     phases = list(phases)
     with grouped(learner.optimizers[tuned], parts, scales):
         with frozen(*parts[:-1]):

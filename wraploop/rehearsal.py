@@ -114,11 +114,21 @@ def _sources(batches: Any) -> tuple[list[Any], list[Any]]:
             generators.append(each)
         elif hasattr(each, "__dict__") and not any(each is source for source in sources):
             sources.append(each)
-            parts = vars(each).values()
-            waiting += [part for part in parts if isinstance(part, _DRAWS) or _is_generator(part)]
+            waiting += _parts(each)
     return sources, generators
 
 
+def _parts(source: Any) -> list[Any]:
+    """What an object has that may draw, in lists too; and a loader's dataset, whatever its kind."""
+    parts = list(vars(source).values())
+    parts += [each for part in parts if isinstance(part, (list, tuple)) for each in part[:_MOST]]
+    found = [part for part in parts if isinstance(part, _DRAWS) or _is_generator(part)]
+    if isinstance(source, DataLoader):
+        found += [source.dataset, source.collate_fn]
+    return found
+
+
+_MOST = 1000  # parts of a list that are looked at
 _DRAWS = (DataLoader, Sampler, Dataset)
 
 

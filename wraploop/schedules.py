@@ -45,6 +45,8 @@ def one_cycle(
         )
     last = steps - 1
     peak = round(warmup * last)
+    if last > 1 and 0 < warmup < 1:  # however few steps: first up, then down
+        peak = min(max(peak, 1), last - 1)
     first, end = maximum / div, maximum / final_div
 
     def value(step: int) -> float:

@@ -46,7 +46,9 @@ def swap(learner: Learner, new: Mapping[str, Any]) -> Iterator[None]:
             if name in new:
                 setattr(learner, name, taken(learner, new[name]))
         if "callbacks" in new:
-            learner.callbacks.set(new["callbacks"])
+            given = list(new["callbacks"])
+            _forget_what_ends(learner, listed, given)
+            learner.callbacks.set(given)
         yield
     finally:
         if "callbacks" in new:
@@ -56,8 +58,17 @@ def swap(learner: Learner, new: Mapping[str, Any]) -> Iterator[None]:
             setattr(learner, name, before[name])
 
 
+def _forget_what_ends(learner: Learner, old: list[Any], given: list[Any]) -> None:
+    """Takes away what only new callbacks will write, so that they begin their own."""
+    stay = [each for each in given if any(each is one for one in old)]
+    kept = {path.split(".")[0] for each in stay for path in each.writes}
+    written = {path.split(".")[0] for each in given for path in each.writes}
+    for name in (written - kept - PROVIDED) & set(vars(learner)):
+        delattr(learner, name)
+
+
 def _put_back_what_was_written(learner: Learner, before: dict[str, Any]) -> None:
-    for name in set(vars(learner)) - PROVIDED:
+    for name in {*vars(learner), *before} - PROVIDED:
         if name in before:
             setattr(learner, name, before[name])
         else:

@@ -40,7 +40,6 @@ class EMA(AroundUpdates):
         >>> from functools import partial
         >>> from torch import nn
         >>> from wraploop.learner import Learner
-        >>> from wraploop.phases import ValidationPhase
         >>> data = [(torch.ones(4, 2), torch.ones(4, 1))] * 8
         >>> learner = Learner(
         ...     nn.Linear(2, 1), nn.functional.mse_loss, data=(data, data), callbacks=[EMA(0.9)],
@@ -48,10 +47,10 @@ class EMA(AroundUpdates):
         ... )
         >>> learner.fit(1)
         >>> with learner.using(learner.callbacks.get(EMA)):
-        ...     learner.epoch(ValidationPhase())
+        ...     metrics = learner.evaluate()
     """
 
-    reads = ("model", "optimizer")
+    reads = ("model", "optimizer", "step.accumulated")
 
     def __init__(self, decay: float = 0.999, *, models: tuple[str, ...] = ()) -> None:
         super().__init__()
@@ -60,12 +59,23 @@ class EMA(AroundUpdates):
         self.decay, self.models = decay, models
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._update = get_ema_multi_avg_fn(decay)
+        self._has_begun = False
 
     @override
     def attach(self, learner: Learner) -> None:
         unknown = [name for name in self.models if name not in learner.models]
         if unknown:
             raise ValueError(f"No models {unknown} to average; there are {list(learner.models)}.")
+        self._has_begun = False
+        self._start(learner)
+
+    @override
+    def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        if not self._has_begun:  # weights may have been loaded since it joined
+            self._start(learner)
+        self._has_begun = True
+
+    def _start(self, learner: Learner) -> None:
         self.averages = {name: _copies(learner, name) for name in self.models or learner.models}
 
     @override
@@ -77,9 +87,13 @@ class EMA(AroundUpdates):
         averages, weights = [], []
         for model, kept in self.averages.items():
             for key, weight in learner.models[model].named_parameters():
+                key = key.removeprefix("_orig_mod.")
                 if weight in held:
-                    averages.append(kept.setdefault(key, weight.detach().clone()))
-                    weights.append(weight)
+                    average = kept.get(key)
+                    if average is None or average.device != weight.device:
+                        kept[key] = average = _copy(weight if average is None else average, weight)
+                    averages.append(average)
+                    weights.append(weight.detach().to(average.dtype))
         if weights:
             self._update(averages, weights, 0)
 
@@ -91,6 +105,8 @@ class EMA(AroundUpdates):
                 f"{self!r} has no averages: it has joined no learner. Give it to the learner's "
                 "callbacks before training: Learner(..., callbacks=[ema])."
             )
+        if not self._has_begun:
+            self._start(learner)
         weights = {name: _copies(learner, name) for name in self.averages}
         try:
             _put(learner, self.averages)
@@ -104,6 +120,7 @@ class EMA(AroundUpdates):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._has_begun = True
         for model, averages in state["averages"].items():
             for key, average in averages.items():
                 self.averages.setdefault(model, {})[key] = average.clone()
@@ -114,12 +131,21 @@ class EMA(AroundUpdates):
 
 def _copies(learner: Learner, name: str) -> dict[str, Tensor]:
     parameters = learner.models[name].named_parameters()
-    return {key: parameter.detach().clone() for key, parameter in parameters}
+    return {
+        key.removeprefix("_orig_mod."): _copy(parameter, parameter) for key, parameter in parameters
+    }
+
+
+def _copy(values: Tensor, like: Tensor) -> Tensor:
+    """A copy where `like` is, in at least float32: half precision would lose small changes."""
+    dtype = torch.promote_types(like.dtype, torch.float32) if like.is_floating_point() else None
+    return values.detach().to(like.device, dtype, copy=True)
 
 
 @torch.no_grad()
 def _put(learner: Learner, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, tensors in weights.items():
         for key, parameter in learner.models[name].named_parameters():
+            key = key.removeprefix("_orig_mod.")
             if key in tensors:
                 parameter.copy_(tensors[key])

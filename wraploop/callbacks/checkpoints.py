@@ -71,6 +71,8 @@ class Checkpoints(Callback):
                 "Expected mode 'min' or 'max', every_epochs at least 1 and keep_top_k at least 0, "
                 f"and got {mode=}, {every_epochs=}, {keep_top_k=}."
             )
+        if Path(folder).exists() and not Path(folder).is_dir():
+            raise ValueError(f"Checkpoints go to a folder, and {str(folder)!r} is a file.")
         self.folder, self.watched, self.mode = Path(folder), Watched(metric, phase), mode
         self.keep_top_k, self.every_epochs = keep_top_k, every_epochs
         self.saved: list[Saved] = []
@@ -111,7 +113,8 @@ class Checkpoints(Callback):
         if epoch % self.every_epochs:
             return
         value = self.watched.value(learner)
-        name = f"epoch_{epoch:04}_{self.watched.metric}_{value:.6g}"
+        metric = self.watched.metric.replace(os.sep, "_")
+        name = f"epoch_{epoch:04}_{metric}_{value:.6g}"
         before = [each for each in self.saved if each.name != name]
         self.saved = [*before, Saved(epoch, value, name)]
         kept = self._kept()

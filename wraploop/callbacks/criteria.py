@@ -29,8 +29,9 @@ class Criterion(ABC):
         return ""
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything it has seen."""
-        return dict(vars(self))
+        """Everything it has seen; its settings are not in it."""
+        settings = inspect.signature(type(self)).parameters
+        return {name: value for name, value in vars(self).items() if name not in settings}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` has returned."""
@@ -127,7 +128,7 @@ class TimeLimit(Criterion):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"limit_s": self.limit_s, "passed_s": self.passed_s}
+        return {"passed_s": self.passed_s}
 
 
 class NumberLimit(Criterion):
@@ -155,7 +156,7 @@ class GL(Criterion):
     @override
     def update(self, loss: float) -> str:
         self.best = min(self.best, loss)
-        self.percent = 100 * (loss / self.best - 1) if self.best else 0.0
+        self.percent = 100 * _above(loss, self.best) if self.best else 0.0
         return f"it is {self.percent:.3g} % above its lowest" if self.percent > self.alpha else ""
 
 
@@ -187,8 +188,9 @@ class PQ(Criterion):
         self.best = min(self.best, loss)
         if len(self.training) < 2 or not self.best or not min(self.training):
             return ""
-        percent = 100 * (loss / self.best - 1)
-        progress = 1000 * (sum(self.training) / len(self.training) / min(self.training) - 1)
+        percent = 100 * _above(loss, self.best)
+        mean = sum(self.training) / len(self.training)
+        progress = 1000 * _above(mean, min(self.training))
         if percent <= self.alpha * progress:
             return ""
         return f"it rises faster than training makes progress ({percent:.3g} %, {progress:.3g} ‰)"
@@ -219,6 +221,11 @@ class Either(Criterion):
 
     def __repr__(self) -> str:
         return f"Either({', '.join(map(repr, self.criteria))})"
+
+
+def _above(loss: float, lowest: float) -> float:
+    """How far above the lowest, as a share of its size; losses may be negative."""
+    return (loss - lowest) / abs(lowest)
 
 
 def _check_count(epochs: int) -> None:

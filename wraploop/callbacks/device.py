@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
-from typing import TYPE_CHECKING
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +68,24 @@ class ToDevice(Callback):
     @on(StepBegin)
     def move_batch(self, learner: Learner) -> None:
         """Moves every tensor in the batch."""
-        learner.step.batch = self._send(learner.step.batch, self.device, non_blocking=True)
+        learner.step.batch = self._sent(learner.step.batch)
+
+    def _sent(self, nest: Any) -> Any:
+        if hasattr(nest, "to"):
+            return self._send(nest, self.device, non_blocking=True)
+        if isinstance(nest, (tuple, list)):
+            parts = map(self._sent, nest)
+            return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
+        if isinstance(nest, dict):
+            sent = copy.copy(nest)
+            sent.update({key: self._sent(each) for key, each in nest.items()})
+            return sent
+        if is_dataclass(nest) and not isinstance(nest, type):
+            sent = copy.copy(nest)
+            for field in fields(nest):
+                object.__setattr__(sent, field.name, self._sent(getattr(nest, field.name)))
+            return sent
+        return self._send(nest, self.device, non_blocking=True)
 
     def __repr__(self) -> str:
         return f"ToDevice({str(self.device)!r})"

@@ -51,6 +51,11 @@ class EarlyStopping(Callback):
     ) -> None:
         if mode not in ("min", "max"):
             raise ValueError(f"Expected the mode 'min' or 'max', and got {mode!r}.")
+        if not isinstance(criterion, (Criterion, int)):
+            raise TypeError(
+                f"Expected a criterion or a number of epochs, and got {criterion!r}; the metric is "
+                "the second argument: EarlyStopping(6, 'accuracy')."
+            )
         self.criterion = NoImprovement(criterion) if isinstance(criterion, int) else criterion
         self.watched, self.sign = Watched(metric, phase), 1 if mode == "min" else -1
         self._fresh, self._has_stopped = copy.deepcopy(self.criterion.state_dict()), False
@@ -70,9 +75,9 @@ class EarlyStopping(Callback):
         if isinstance(learner.phase, AbstractTrainingPhase) and not learner.running.broken:
             values = learner.metrics[learner.phase]
             epoch = learner.history[learner.phase].epochs
-            trained = values.at_epoch(epoch).get(learner.phase.losses[0])
-            if trained is not None:
-                reasons.append(self.criterion.update_training(trained))
+            taken = values.at_epoch(epoch)
+            trained = [taken[name] for name in learner.phase.losses[:1] if name in taken]
+            reasons += map(self.criterion.update_training, trained)
         if self.watched.is_due(learner):
             reasons.append(self.criterion.update(self.sign * self.watched.value(learner)))
         reason = " and ".join(filter(None, reasons))

@@ -13,7 +13,7 @@ from typing_extensions import override
 from wraploop import processes
 from wraploop.callback import on
 from wraploop.callbacks.meters import rows_of
-from wraploop.callbacks.updates import AroundUpdates, parameters_of
+from wraploop.callbacks.updates import AroundUpdates, LateUpdateBegin, LateUpdateEnd, parameters_of
 from wraploop.events import EpochEnd
 from wraploop.phases import AbstractTrainingPhase
 
@@ -85,6 +85,7 @@ class AccumulateGradients(AroundUpdates):
 
     reads = ("optimizer", "step.batch", "step.rows")
     writes = ("step.accumulated",)
+    fires = (LateUpdateBegin, LateUpdateEnd)
     needs_gradients = True
 
     def __init__(self, steps: int, *, reduction: str = "mean") -> None:
@@ -96,9 +97,12 @@ class AccumulateGradients(AroundUpdates):
             )
         self.steps, self.reduction = steps, reduction
         self._sums: dict[str, _Sum] = {}
+        self._is_flushing = False
 
     @override
     def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        if self._is_flushing:
+            return
         so_far = self._sums.setdefault(name, _Sum())
         weight = processes.sum(rows_of(vars(learner.step))) if self.reduction == "mean" else 1.0
         so_far.add(optimizer, weight)
@@ -110,12 +114,18 @@ class AccumulateGradients(AroundUpdates):
     @on(EpochEnd, AbstractTrainingPhase)
     def flush(self, learner: Learner) -> None:
         """Makes an update from what is left, unless the epoch is broken."""
-        for name, optimizer in learner.optimizers.items():
-            if learner.running.broken or not self._sums.get(name):
-                continue
-            self._give_back(name, optimizer)
-            optimizer.step()
-            optimizer.zero_grad()
+        if not learner.running.broken and self._sums:
+            self._is_flushing = True
+            learner.handle(LateUpdateBegin())  # so that clipping and averages see it
+            try:
+                for name, optimizer in learner.optimizers.items():
+                    if name in self._sums:
+                        self._give_back(name, optimizer)
+                        optimizer.step()
+                        optimizer.zero_grad()
+            finally:
+                learner.handle(LateUpdateEnd())
+                self._is_flushing = False
         self._sums = {}
 
     def _give_back(self, name: str, optimizer: Optimizer) -> None:

@@ -181,8 +181,10 @@ class Metrics(Callback):
         if learner.running.broken:
             return
         at, epochs = learner.history[learner.phase].epochs, learner.metrics[learner.phase].epochs
-        for meter in self._of_phase(learner):
-            for name, value in meter.result().items():
+        results = [meter.result() for meter in self._of_phase(learner)]
+        _check_names([name for result in results for name in result])
+        for result in results:
+            for name, value in result.items():
                 epochs.setdefault(name, Series()).append(at, value)
 
     def _of_phase(self, learner: Learner) -> list[Meter]:

@@ -89,6 +89,8 @@ class Scheduler(Callback):
         for name, schedule in self.schedules.items():
             value = self._values[name] = schedule(self.count)
             for group in groups:
+                if name not in group:
+                    raise ValueError(f"{self!r} sets {name!r}, which the optimizer does not have.")
                 group[name] = value * group.get("lr_scale", 1) if name == "lr" else value
 
     def advance(self, learner: Learner) -> None:
@@ -97,7 +99,7 @@ class Scheduler(Callback):
         if learner.step.cancelled if is_step else learner.running.broken:
             return
         self.count += 1
-        for name in self.schedules:
+        for name in self._values:  # none if it joined since the beginning
             _record(learner, _name(self.optimizer, name), self._values[name])
 
     @override
@@ -152,7 +154,7 @@ class TorchScheduler(Callback):
             raise ValueError(f"Expected each=EpochEnd or each=StepEnd, and got {each}.")
         self.make, self.optimizer, self.each, self.phase = make, optimizer, each, phase
         self.watched = Watched(metric, phase) if metric else None
-        self.reads = ("optimizer", *(("history", "metrics") if metric else ()))
+        self.reads = ("optimizer", "step.accumulated", *(("history", "metrics") if metric else ()))
         self.writes = (f"hyperparameters.{_name(optimizer, 'lr')}",)
         self.scheduler: Any = None
 
@@ -186,6 +188,12 @@ class TorchScheduler(Callback):
         """Records the rate, and steps the scheduler."""
         if learner.step.cancelled if self.each is StepEnd else learner.running.broken:
             return
+        optimizer = optimizer_called(learner, self.optimizer)
+        if optimizer is not self.scheduler.optimizer:
+            raise RuntimeError(
+                f"{self!r} was made for an optimizer that the learner has no longer, whose rate "
+                "would stay as it is. Replace the callback too, learner.callbacks.replace(...)."
+            )
         rate = self.scheduler.optimizer.param_groups[0]["lr"]
         _record(learner, _name(self.optimizer, "lr"), rate)
         self.scheduler.step(*([self.watched.value(learner)] if self.watched else []))

@@ -62,7 +62,9 @@ class Throttled(Callback):
         self._passed_s: dict[str, float] = {}
         self._latest: Event | None = None
         self._passes = False
-        self._handlers = [self._throttled(*handler) for handler in callback.handlers()]
+        self._handlers: list[Handler] = []
+        for handler in callback.handlers():
+            self._handlers.append(self._throttled(*handler))
 
     @property
     @override
@@ -92,7 +94,12 @@ class Throttled(Callback):
 
     def _throttled(self, event: type[Event], phase: Any, call: Call) -> Handler:
         meet = issubclass(event, self.event) or issubclass(self.event, event)
-        return event, phase, partial(self._call, call) if meet else call
+        if not meet:
+            return event, phase, call
+        for _, _, old in self._handlers:  # one for a method with several marks
+            if isinstance(old, partial) and old.args == (call,):
+                return event, phase, old
+        return event, phase, partial(self._call, call)
 
     def _call(self, call: Call, learner: Learner) -> None:
         if learner.event is not self._latest:  # which several of its methods may answer

@@ -8,11 +8,21 @@ from typing import TYPE_CHECKING, Any
 from torch.optim import Optimizer
 
 from wraploop.callback import Callback, on
-from wraploop.events import StepBegin, StepEnd
+from wraploop.events import Event, StepBegin, StepEnd
 from wraploop.phases import AbstractTrainingPhase
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
+
+
+class LateUpdateEnd(Event):
+    """The update outside of a step has been made."""
+
+
+class LateUpdateBegin(Event):
+    """An update is about to be made outside of a step."""
+
+    end = LateUpdateEnd
 
 
 class AroundUpdates(Callback):
@@ -26,6 +36,7 @@ class AroundUpdates(Callback):
     """
 
     needs_gradients = False
+    may_miss = (LateUpdateBegin, LateUpdateEnd)
 
     def __init__(self) -> None:
         self._hooks: list[Any] = []
@@ -38,6 +49,7 @@ class AroundUpdates(Callback):
         """Called after it."""
 
     @on(StepBegin, AbstractTrainingPhase)
+    @on(LateUpdateBegin, AbstractTrainingPhase)
     def watch(self, learner: Learner) -> None:
         """Looks at the optimizers while a step runs."""
         self._depth += 1
@@ -50,6 +62,7 @@ class AroundUpdates(Callback):
             self._hooks.append(optimizer.register_step_post_hook(after))
 
     @on(StepEnd, AbstractTrainingPhase)
+    @on(LateUpdateEnd, AbstractTrainingPhase)
     def unwatch(self, learner: Learner) -> None:
         """Looks away."""
         self._depth = max(0, self._depth - 1)  # it may have joined in the middle of a step
@@ -63,10 +76,21 @@ class AroundUpdates(Callback):
                 f"{self!r} acts on gradients before the update, and {type(optimizer).__name__} "
                 "computes its gradients within it, by a closure. Leave one of the two out."
             )
-        self.before(learner, name, optimizer)
+        if self._is_there(learner):
+            self.before(learner, name, optimizer)
 
     def _after(self, learner: Learner, name: str, optimizer: Any, args: Any, kwargs: Any) -> None:
-        self.after(learner, name, optimizer)
+        if self._is_there(learner):
+            self.after(learner, name, optimizer)
+
+    def _is_there(self, learner: Learner) -> bool:
+        """Whether it still is the learner's; taken out within a step, it sees no end of it."""
+        if learner.calls(self):
+            return True
+        self._depth = 0
+        while self._hooks:
+            self._hooks.pop().remove()
+        return False
 
 
 def parameters_of(optimizer: Optimizer) -> list[Any]:
