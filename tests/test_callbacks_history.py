@@ -93,3 +93,12 @@ def test_a_series_keeps_order_whatever_it_is_given(device):
     assert list(series.values) == expected
     assert list(series.at) == list(range(1, 151))
     assert series.last == expected[-1]
+
+
+def test_a_series_shows_its_latest():
+    series = Series()
+    for at in range(1, 11):
+        series.append(at, at / 2)
+    assert repr(series) == (
+        "Series(2 more, 3: 1.5, 4: 2, 5: 2.5, 6: 3, 7: 3.5, 8: 4, 9: 4.5, 10: 5)"
+    )

@@ -187,7 +187,7 @@ def test_less_often_than_never_is_an_error(every_epochs, tmp_path):
         PlotMetrics(tmp_path / "metrics.png", every_epochs=every_epochs)
     with pytest.raises(ValueError, match=message):
         SaveImages(tmp_path, lambda one: torch.ones(1, 2, 2), every_epochs=every_epochs)
-    with pytest.raises(ValueError, match="`columns` is at least 1, and got 0"):
+    with pytest.raises(ValueError, match="`columns` and `scale` are at least 1, got columns=0"):
         SaveImages(tmp_path, lambda one: torch.ones(1, 2, 2), columns=0)
 
 

@@ -367,7 +367,9 @@ def test_images_of_another_shape_or_type_are_an_error(given, came):
 
 @pytest.mark.parametrize("options", [{"columns": 0}, {"padding": -1}])
 def test_no_columns_or_negative_padding_is_an_error(options):
-    with pytest.raises(ValueError, match="`columns` is at least 1, `padding` at least 0"):
+    with pytest.raises(
+        ValueError, match="`columns` and `scale` are at least 1, `padding` at least 0"
+    ):
         image_grid(torch.zeros(1, 2, 2), **options)
 
 
@@ -399,3 +401,11 @@ def test_a_reader_sees_the_old_file_until_the_new_one_is_whole(tmp_path):
         assert kind == "png"
         assert list(tmp_path.glob("*.png")) == [path]
     assert path.read_text() == "half"
+
+
+def test_images_can_be_shown_larger():
+    images = torch.tensor([[[0.0, 1.0]]])
+    large = image_grid(images, scale=3, padding=0)
+    assert large.tolist() == [[0, 0, 0, 255, 255, 255]] * 3
+    with pytest.raises(ValueError, match="scale=0"):
+        image_grid(images, scale=0)

@@ -17,7 +17,9 @@ _BETWEEN = 128  # the grey between images, and where the last row has none
 _NAN = (255, 0, 255)  # magenta
 
 
-def image_grid(images: Tensor, columns: int | None = None, *, padding: int = 1) -> Tensor:
+def image_grid(
+    images: Tensor, columns: int | None = None, *, padding: int = 1, scale: int = 1
+) -> Tensor:
     """Puts images into one, row by row, with grey lines around each.
 
     A NaN shows as magenta, so that a model which has gone wrong can be seen to.
@@ -27,13 +29,15 @@ def image_grid(images: Tensor, columns: int | None = None, *, padding: int = 1) 
             floats from 0 to 1, beyond which they are clamped, or bytes, `torch.uint8`.
         columns: images in a row; without, as makes the grid nearly square.
         padding: pixels between images and around them.
+        scale: how many pixels wide and high each pixel of an image is shown.
 
     Returns:
         Bytes of shape `(height, width)` if the images are grey and have no NaN, else
         `(height, width, 3)`; on the CPU.
 
     Raises:
-        ValueError: images of another shape or type, or none; `columns` below 1, `padding` below 0.
+        ValueError: images of another shape or type, or none; `columns` or `scale` below 1,
+            `padding` below 0.
 
     Examples:
         >>> image_grid(torch.tensor([[[0.0, 1.0]], [[0.2, 0.4]]]))
@@ -41,8 +45,9 @@ def image_grid(images: Tensor, columns: int | None = None, *, padding: int = 1) 
                 [128,   0, 255, 128,  51, 102, 128],
                 [128, 128, 128, 128, 128, 128, 128]], dtype=torch.uint8)
     """
-    _check(images, columns, padding)
+    _check(images, columns, padding, scale)
     pixels = _as_bytes(images.detach().cpu())
+    pixels = pixels.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     count, height, width, channels = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = math.ceil(count / columns)
@@ -107,7 +112,7 @@ def matplotlib(module: str) -> Any:
         raise ImportError(message) from error
 
 
-def _check(images: Tensor, columns: int | None, padding: int) -> None:
+def _check(images: Tensor, columns: int | None, padding: int, scale: int) -> None:
     shapes = images.ndim == 3 or (images.ndim == 4 and images.shape[1] in (1, 3))
     kinds = images.dtype == torch.uint8 or images.is_floating_point()
     if not (shapes and kinds and images.numel()):
@@ -115,9 +120,10 @@ def _check(images: Tensor, columns: int | None, padding: int) -> None:
             "Expected images of shape (N, H, W), (N, 1, H, W) or (N, 3, H, W), floats from 0 to 1 "
             f"or torch.uint8, and got {_describe(images)}."
         )
-    if (columns is not None and columns < 1) or padding < 0:
+    if (columns is not None and columns < 1) or padding < 0 or scale < 1:
         raise ValueError(
-            f"`columns` is at least 1, `padding` at least 0, and got {columns=}, {padding=}."
+            "`columns` and `scale` are at least 1, `padding` at least 0, "
+            f"and got {columns=}, {scale=}, {padding=}."
         )
 
 

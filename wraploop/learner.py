@@ -24,6 +24,7 @@ from wraploop.events import (
     EpochBegin,
     Event,
     FitBegin,
+    FitEnd,
     StepBegin,
     StepEnd,
 )
@@ -45,9 +46,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-
-
-_LONG = (FitBegin, EpochBegin)  # in which a callback may join that answers their end
+_LONG = (FitBegin, EpochBegin)  # a callback that answers their end may join meanwhile
 
 
 class Learner:
@@ -118,7 +117,6 @@ class Learner:
         self.event: Event | None = None
         self.stopped: CancelFit | None = None
         self._due: Due = []
-        self._fits = 0  # that are running, one within the other
         callbacks = with_defaults(callbacks) if default_callbacks else callbacks
         self.callbacks = Callbacks(self, callbacks, watchers=(Strict(),) if strict else ())
 
@@ -140,19 +138,9 @@ class Learner:
         if any(isinstance(phase, AbstractTrainingPhase) for phase, _ in planned):
             named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
         self.callbacks.check_joined()
-        outer = self.phases if self._fits else None
-        self._fits += 1
-        try:
-            self._fit(epochs, planned)
-        finally:
-            self._fits -= 1
-            if outer is not None:  # a fit within a fit
-                self.phases = outer
-
-    def _fit(self, epochs: int, planned: list[tuple[Phase, Batches]]) -> None:
-        self.phases = [phase for phase, _ in planned]
-        check_fired(self.callbacks, self.phases)
-        self.stopped = None
+        check_fired(self.callbacks, [phase for phase, _ in planned])
+        outer = self.phases if FitEnd in self._due else None  # a fit within a fit
+        self.phases, self.stopped = [phase for phase, _ in planned], None
         try:
             with ending(self._due, self.callbacks, self._stop):
                 self.handle(FitBegin())
@@ -163,6 +151,8 @@ class Learner:
         except CancelFit as cancel:
             self._stop(cancel.with_traceback(None))
             cancel.__context__ = None  # it would keep tensors alive
+        finally:
+            self.phases = outer or self.phases
 
     def epoch(self, phase: Phase, batches: Batches | None = None) -> None:
         """Runs a phase over batches, the learner's own unless given."""

@@ -19,8 +19,8 @@ def one_cycle(
     """Half a cosine up to `maximum`, and half a cosine down, over a number of steps.
 
     It starts at exactly `maximum / div` in step 0, has its maximum in the step that is nearest to
-    `warmup * (steps - 1)`, and ends at exactly `maximum / final_div` in step `steps - 1`, where it
-    stays.
+    `warmup * (steps - 1)`, between first and last, and ends at exactly `maximum / final_div` in
+    step `steps - 1`, where it stays.
 
     Args:
         steps: how many there are.
@@ -30,7 +30,7 @@ def one_cycle(
         final_div: the maximum over the last value.
 
     Raises:
-        ValueError: there are no steps, or `warmup` is no share.
+        ValueError: there are no steps, `warmup` is no share, or something else is not positive.
 
     Source: Smith and Topin, Super-Convergence, 2018; with cosines, as in fastai.
 
@@ -39,9 +39,10 @@ def one_cycle(
         >>> [round(rate(step), 6) for step in (0, 25, 50, 100, 200)]
         [0.004, 0.1, 0.075025, 0.0001, 0.0001]
     """
-    if steps < 1 or not 0 <= warmup <= 1:
+    if steps < 1 or not 0 <= warmup <= 1 or not min(maximum, div, final_div) > 0:
         raise ValueError(
-            f"Expected at least 1 step and a warmup from 0 to 1, and got {steps=}, {warmup=}."
+            "Expected at least 1 step, a warmup from 0 to 1, and the rest above 0, and got "
+            f"{steps=}, {maximum=}, {warmup=}, {div=}, {final_div=}."
         )
     last = steps - 1
     peak = round(warmup * last)

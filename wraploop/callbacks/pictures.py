@@ -86,10 +86,11 @@ class SaveImages(Callback):
         phase: after which phases; subclasses match.
         name: of the files, before the number.
         columns: images in a row.
+        scale: how many pixels wide and high each pixel is shown.
         reads: names of what the function reads, besides history and model.
 
     Raises:
-        ValueError: `every_epochs` or `columns` is below 1.
+        ValueError: `every_epochs`, `columns` or `scale` is below 1.
 
     Examples:
         >>> import torch
@@ -107,12 +108,13 @@ class SaveImages(Callback):
         phase: type[Phase] = AbstractTrainingPhase,
         name: str = "images",
         columns: int | None = None,
+        scale: int = 1,
         reads: tuple[str, ...] = ("step", "data"),
     ) -> None:
-        if columns is not None and columns < 1:
-            raise ValueError(f"`columns` is at least 1, and got {columns}.")
+        if (columns is not None and columns < 1) or scale < 1:
+            raise ValueError(f"`columns` and `scale` are at least 1, got {columns=}, {scale=}.")
         self.folder, self.function, self.every_epochs = folder, function, _checked(every_epochs)
-        self.phase, self.name, self.columns = phase, name, columns
+        self.phase, self.name, self.columns, self.scale = phase, name, columns, scale
         self.reads = ("history", "model", *reads)
 
     @on(EpochEnd)
@@ -123,7 +125,7 @@ class SaveImages(Callback):
         if not is_time or not isinstance(learner.phase, self.phase):
             return
         with ValidationPhase().mode(learner.models.values()), random_state.kept():
-            grid = image_grid(self.function(learner), self.columns)
+            grid = image_grid(self.function(learner), self.columns, scale=self.scale)
         if processes.is_main_process():
             save_image(Path(self.folder) / f"{self.name}_{epoch:04d}.png", grid)
 

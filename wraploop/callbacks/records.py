@@ -12,6 +12,7 @@ from torch import Tensor
 from wraploop.phases import Phase
 
 _BLOCK = 64  # values that wait to be read off their device together
+_FEW = 8  # values that are shown
 Record = TypeVar("Record")
 
 
@@ -119,7 +120,9 @@ class Series:
         return len(self.at)
 
     def __repr__(self) -> str:
-        return f"Series({dict(zip(self.at, self.values, strict=True))})"
+        few = list(zip(self.at, self.values, strict=True))[-_FEW:]
+        more = f"{len(self) - _FEW} more, " if len(self) > _FEW else ""
+        return f"Series({more}{', '.join(f'{at}: {value:g}' for at, value in few)})"
 
     def _read(self) -> None:
         if self._waiting:
