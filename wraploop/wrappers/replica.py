@@ -141,7 +141,7 @@ class Replica:
             changed = (
                 version_of(buffer) != self._taken_over[i]
                 or version_of(copy) != self._before[i]
-                or buffer.is_floating_point()  # torch's batch norm writes, and counts no version
+                or _is_written_to(buffer, copy)
             )
             if changed and copy is not buffer:
                 copy.copy_(buffer)
@@ -283,6 +283,14 @@ class Replica:
         now = map(version_of, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
+
+
+def _is_written_to(buffer: Tensor, copy: Tensor) -> bool:
+    """Whether values have changed; torch's batch norm writes its statistics, and counts no version.
+
+    Only what has changed is copied: an earlier forward's graph may hold the copy.
+    """
+    return buffer.is_floating_point() and not torch.equal(buffer.to(copy.device), copy)
 
 
 def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
