@@ -10,7 +10,6 @@ import torch
 from accelerate.tracking import GeneralTracker
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import multiprocessing as mp
 from torch import nn
 
 from wraploop import DistributedModel
@@ -472,10 +471,8 @@ def loggers_in(folder: Path) -> list[Logger]:
     ]
 
 
-def of_two_processes(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+def in_one_of_two_processes(rank: int, folder: str) -> None:
+    """Called by tests/test_callbacks_processes.py, in a process group of two."""
     own = Path(folder) / f"rank{rank}"
     csv_logger, json_logger, tracker, memory = loggers_in(own)
     torch.manual_seed(0)
@@ -498,8 +495,3 @@ def of_two_processes(rank: int, folder: str) -> None:
         assert len(events.Scalars("TrainingPhase/loss")) == 8
     assert isinstance(memory, MemoryLogger)
     assert bool(memory.entries) == (rank == 0)
-    torch.distributed.destroy_process_group()
-
-
-def test_of_two_processes_only_rank_0_logs(tmp_path):
-    mp.spawn(of_two_processes, (str(tmp_path),), nprocs=2)  # pyright: ignore

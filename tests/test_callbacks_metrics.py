@@ -3,7 +3,6 @@ import functools
 import pytest
 import torch
 import torchmetrics
-from torch import multiprocessing as mp
 from torch import nn
 
 from wraploop import processes
@@ -229,10 +228,8 @@ def test_rows_are_those_of_the_first_tensor(batch, rows):
     assert count_rows(batch) == rows
 
 
-def of_two_processes(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+def in_one_of_two_processes(rank: int, folder: str) -> None:
+    """Called by tests/test_callbacks_processes.py, in a process group of two."""
     mine = batches()[:3] if rank == 0 else batches()[3:]
     one = learner(Metrics(accuracy), data=mine)
     one.epoch(ValidationPhase())
@@ -241,7 +238,6 @@ def of_two_processes(rank: int, folder: str) -> None:
         recorded = one.metrics[ValidationPhase].epochs[name].last
         assert recorded == pytest.approx(of_all_rows(whole, function), rel=1e-6)
     stop_together(rank)
-    torch.distributed.destroy_process_group()
 
 
 def stop_together(rank: int) -> None:
@@ -257,7 +253,3 @@ def stop_together(rank: int) -> None:
     assert one.history[TrainingPhase].steps == 2
     weights = one.model.weight.sum().item()
     assert processes.sum(weights) == pytest.approx(2 * weights, rel=1e-12)
-
-
-def test_processes_agree_on_metrics_of_all_rows_and_stop_at_the_same_step(tmp_path):
-    mp.spawn(of_two_processes, (str(tmp_path),), nprocs=2)  # pyright: ignore

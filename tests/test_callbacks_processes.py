@@ -11,6 +11,10 @@ import torch.multiprocessing as mp
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanAbsoluteError, SumMetric
 
+from tests import test_callbacks_logs as logs
+from tests import test_callbacks_metrics as metrics
+from tests import test_callbacks_pictures as pictures
+from tests import test_callbacks_sanity as sanity
 from tests.loop import ADAM, GAN, assert_equal, batches, gan_learner, learner, net, weights
 from wraploop import DistributedModel, fine_tune, fit_one_cycle, lr_find, processes, shard
 from wraploop.callbacks import (
@@ -99,13 +103,9 @@ def assert_same_learners(one, other):
     assert [saved.epoch for saved in mine] == [saved.epoch for saved in theirs]
 
 
-def in_process(rank: int, root: str) -> None:
-    torch.set_num_threads(1)
-    folder = Path(root)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
-    data = uneven()
+def in_one_of_two_processes(rank: int, root: str) -> None:
+    """All callbacks together, and recipes."""
+    folder, data = Path(root), uneven()
     plain = of_one(net(), (data, data[:3]), folder / "plain")
     plain.fit(6)
     kinds: Any = (("global", list), ("local", shard))
@@ -124,7 +124,6 @@ def in_process(rank: int, root: str) -> None:
         check_recipes(batch, view, data)
         stop_alike(rank, batch, view)
     gan()
-    torch.distributed.destroy_process_group()
 
 
 def check_recipes(batch, view, data):
@@ -171,10 +170,33 @@ def gan():
     assert_equal(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+PARTS = {
+    "together": in_one_of_two_processes,
+    "logs": logs.in_one_of_two_processes,
+    "metrics": metrics.in_one_of_two_processes,
+    "pictures": pictures.in_one_of_two_processes,
+    "sanity": sanity.in_one_of_two_processes,
+}
+
+
+def in_process(rank: int, root: str) -> None:
+    """One spawn for all, each with a process group of its own."""
+    torch.set_num_threads(1)
+    for name, part in PARTS.items():
+        folder = Path(root) / name
+        folder.mkdir(exist_ok=True)
+        meeting = f"file://{folder}/meeting"
+        torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+        part(rank, str(folder))
+        torch.distributed.destroy_process_group()
+
+
 def test_callbacks_come_to_the_same_in_two_processes(tmp_path):
     mp.spawn(in_process, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    together = tmp_path / "together"
     for folder in ("plain", "global", "local"):
-        check_files(tmp_path / folder, tmp_path / "plain")
+        check_files(together / folder, together / "plain")
+    pictures.check_what_processes_wrote(tmp_path / "pictures")
 
 
 def check_files(folder: Path, plain: Path) -> None:

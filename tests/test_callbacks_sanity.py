@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from torch import multiprocessing as mp
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -459,10 +458,8 @@ class Lacking:
         return iter([BATCH])
 
 
-def of_two_processes(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
-    )
+def in_one_of_two_processes(rank: int, folder: str) -> None:
+    """Called by tests/test_callbacks_processes.py, in a process group of two."""
 
     def distributed(batch, **options):
         torch.manual_seed(0)
@@ -498,8 +495,3 @@ def of_two_processes(rank: int, folder: str) -> None:
     once.fit(1)
 
     assert processes.sum(1) == 2
-    torch.distributed.destroy_process_group()
-
-
-def test_two_processes_find_the_same_and_none_waits_for_the_other(tmp_path):
-    mp.spawn(of_two_processes, (str(tmp_path),), nprocs=2)  # pyright: ignore
