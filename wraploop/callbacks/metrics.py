@@ -134,6 +134,7 @@ class Metrics(Callback):
         self.metrics = [_metric(each, name) for name, each in pairs]
         _check_names(self.names)
         self._meters: dict[str, list[Meter]] = {}
+        self._phase: Phase | None = None  # the latest, whose meters and counts are at hand
 
     def fresh(self) -> Metrics:
         """The same metrics, with nothing taken yet."""
@@ -147,7 +148,7 @@ class Metrics(Callback):
     @override
     def attach(self, learner: Learner) -> None:
         self._records = learner.metrics = AllMetrics(self.metrics)
-        self._meters = {}
+        self._meters, self._phase = {}, None
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -156,11 +157,12 @@ class Metrics(Callback):
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._records.put({name: PhaseMetrics.of(saved) for name, saved in state.items()})
-        self._meters = {}
+        self._meters, self._phase = {}, None
 
     @on(EpochBegin)
     def begin(self, learner: Learner) -> None:
         """Epoch values start anew."""
+        self._phase = None
         for meter in self._of_phase(learner):
             meter.begin()
 
@@ -170,9 +172,11 @@ class Metrics(Callback):
         step = learner.step
         if step.cancelled:
             return
-        stored, at = vars(step), learner.history[learner.phase].steps
-        rows = rows_of(stored)
-        for meter in self._meters.get(learner.phase.name) or self._of_phase(learner):
+        if learner.phase is not self._phase:
+            self._phase, self._counts = learner.phase, learner.history[learner.phase]
+            self._at_hand = self._of_phase(learner)
+        at, rows = self._counts.steps, rows_of(vars(step))
+        for meter in self._at_hand:
             meter.take(at, step, rows)
 
     @on(EpochEnd)

@@ -32,7 +32,7 @@ class ProgressBar(Callback):
         self.losses_every_s = losses_every_s
         self.options = {"leave": False, "unit": "step", **options}
         self._bars: dict[Epoch | None, tqdm[Any]] = {}
-        self._read_s = 0.0
+        self._read_s = self._told_s = 0.0
 
     @on(EpochBegin)
     def open(self, learner: Learner) -> None:
@@ -49,11 +49,15 @@ class ProgressBar(Callback):
         bar = self._bars.get(running)
         if bar is None or learner.phase is not running.phase:
             return
+        bar.n += 1
         now_s = time.perf_counter()
+        if now_s - self._told_s < bar.mininterval:  # as tqdm itself would, in less time
+            return
+        self._told_s = now_s
         if now_s - self._read_s > self.losses_every_s:
             self._read_s = now_s
             bar.set_postfix(_losses(learner), refresh=False)
-        bar.update()
+        bar.update(0)
 
     @on(EpochEnd)
     def close(self, learner: Learner) -> None:
