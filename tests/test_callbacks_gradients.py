@@ -18,6 +18,7 @@ from tests.loop import (
 from wraploop.callback import Callback, on
 from wraploop.callbacks.gradients import AccumulateGradients, ClipGradients
 from wraploop.events import StepBegin, StepEnd
+from wraploop.named import Named
 from wraploop.phases import AbstractTrainingPhase, TrainingPhase
 
 
@@ -44,6 +45,31 @@ def test_accumulated_steps_are_one_step_on_their_batches_joined(optimizer, phase
     for each in (one, other):
         each.epoch(phase)
         each.epoch(phase)
+    assert_equal(weights(one.model), weights(other.model))
+
+
+def test_a_parameter_of_two_optimizers_is_updated_by_both():
+    class Two(AbstractTrainingPhase):
+        def step(self, learner, batch):
+            loss = nn.functional.mse_loss(learner.model(batch[0]), batch[1])
+            loss.backward()
+            for optimizer in learner.optimizers.values():
+                optimizer.step()
+            for optimizer in learner.optimizers.values():
+                optimizer.zero_grad()
+
+    def made(*callbacks, data):
+        one = learner(*callbacks, data={"training": data})
+        parameters = list(one.model.parameters())
+        pair = Named("optimizer", {"first": SGD(parameters), "second": SGD(parameters[2:])})
+        one.optimizer = pair
+        return one
+
+    parts = uneven()[:4]
+    one = made(AccumulateGradients(2), data=parts)
+    other = made(data=[joined(*parts[:2]), joined(*parts[2:])])
+    for each in (one, other):
+        each.epoch(Two())
     assert_equal(weights(one.model), weights(other.model))
 
 

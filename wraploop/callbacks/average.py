@@ -59,7 +59,7 @@ class EMA(AroundUpdates):
         self.decay, self.models = decay, models
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._update = get_ema_multi_avg_fn(decay)
-        self._has_begun = False
+        self._has_begun = self._is_update = False
 
     @override
     def attach(self, learner: Learner) -> None:
@@ -74,6 +74,7 @@ class EMA(AroundUpdates):
         if not self._has_begun:  # weights may have been loaded since it joined
             self._start(learner)
         self._has_begun = True
+        self._is_update = has_update(optimizer)  # none while gradients are being accumulated
 
     def _start(self, learner: Learner) -> None:
         self.averages = {name: _copies(learner, name) for name in self.models or learner.models}
@@ -81,7 +82,7 @@ class EMA(AroundUpdates):
     @override
     @torch.no_grad()
     def after(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
-        if not has_update(optimizer):  # gradients are still being accumulated
+        if not self._is_update:
             return
         held = set(parameters_of(optimizer))
         averages, weights = [], []

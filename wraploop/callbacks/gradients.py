@@ -98,6 +98,7 @@ class AccumulateGradients(AroundUpdates):
         self.steps, self.reduction = steps, reduction
         self._sums: dict[str, _Sum] = {}
         self._is_flushing = False
+        self._taken: dict[Tensor, Tensor] = {}
 
     @override
     def before(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
@@ -105,11 +106,17 @@ class AccumulateGradients(AroundUpdates):
             return
         so_far = self._sums.setdefault(name, _Sum())
         weight = processes.sum(rows_of(vars(learner.step))) if self.reduction == "mean" else 1.0
-        so_far.add(optimizer, weight)
+        self._taken = so_far.add(optimizer, weight)
         is_due = so_far.steps == self.steps
         if is_due:
             self._give_back(name, optimizer)
         learner.step.accumulated = 0 if is_due else so_far.steps
+
+    @override
+    def after(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
+        for parameter, gradient in self._taken.items():  # which another optimizer may hold too
+            parameter.grad = gradient
+        self._taken = {}
 
     @on(EpochEnd, AbstractTrainingPhase)
     def flush(self, learner: Learner) -> None:
@@ -144,14 +151,17 @@ class _Sum:
         self.gradients: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def add(self, optimizer: Optimizer, weight: float) -> None:
-        """Takes the parameters' gradients away."""
+    def add(self, optimizer: Optimizer, weight: float) -> dict[Tensor, Tensor]:
+        """Takes the parameters' gradients away, and returns them."""
+        taken: dict[Tensor, Tensor] = {}
         self.steps += 1
         self.weight += weight
         for parameter in parameters_of(optimizer):
             if parameter.grad is None:
                 continue
+            taken[parameter] = parameter.grad
             weighted = parameter.grad * weight
             so_far = self.gradients.get(parameter)
             self.gradients[parameter] = weighted if so_far is None else so_far + weighted
             parameter.grad = None
+        return taken
