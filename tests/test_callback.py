@@ -199,6 +199,19 @@ def test_each_callback_is_attached_once():
     assert (first.count, second.count) == (1, 1)
 
 
+def test_a_callback_that_cannot_join_is_not_there():
+    class Refuses(Callback):
+        def attach(self, learner):
+            raise ValueError("not here")
+
+    one = learner(both := TwoMoments())
+    with pytest.raises(ValueError, match="not here"):
+        one.callbacks.add(Refuses())
+    assert list(one.callbacks) == [both]
+    one.fit(1)
+    assert len(both.seen) == 3
+
+
 def test_a_callback_may_stand_around_the_calls_of_all():
     class Around(Callback):
         def __init__(self):

@@ -183,13 +183,21 @@ class Callbacks:
             _check_callback(callback)
             if any(callback is other for other in listed[:index]):
                 raise ValueError(f"{callback!r} is in the list of callbacks twice.")
+        before = self._listed
+        self._put(listed)
+        try:
+            for callback in listed:
+                if callback.home is None or callback.home() is not self:
+                    callback.attach(self._learner)
+                    callback.home = weakref.ref(self)
+        except BaseException:  # one that cannot join is not there
+            self._put(before)
+            raise
+
+    def _put(self, listed: list[Callback]) -> None:
         self._ordered, self._listed = in_order(listed), listed
         for table in self._tables.values():
             table.clear()
-        for callback in listed:
-            if callback.home is None or callback.home() is not self:
-                callback.home = weakref.ref(self)
-                callback.attach(self._learner)
 
     def check_joined(self) -> None:
         """Checks that no callback that keeps something for a learner has joined another since.
