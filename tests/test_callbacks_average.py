@@ -66,6 +66,26 @@ def test_steps_without_an_update_do_not_count():
     assert_equal(ema.averages["model"], {n: (start[n] + end[n]) / 2 for n in start})
 
 
+def test_an_optimizer_that_computes_its_gradients_itself_is_followed_too():
+    class Closure(AbstractTrainingPhase):
+        def step(self, learner, batch):
+            def closure():
+                learner.optimizer.zero_grad()
+                loss = learner.loss_fn(learner.model(batch[0]), batch[1])
+                loss.backward()
+                return loss
+
+            learner.optimizer.step(closure)
+            learner.optimizer.zero_grad()
+
+    one = learner(ema := EMA(0.5), optimizer=torch.optim.LBFGS)
+    start = weights(one.model)
+    one.run_step(Closure(), one.data["training"][0])
+    end = weights(one.model)
+    assert not torch.equal(start["0.weight"], end["0.weight"])
+    assert_equal(ema.averages["model"], {n: (start[n] + end[n]) / 2 for n in start})
+
+
 def test_each_network_is_averaged_at_its_own_updates():
     one = gan_learner(ema := EMA(0.5, models=("generator",)))
     start = weights(one.model.generator)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from wraploop import named, processes
 from wraploop.callback import Callback, on
+from wraploop.callbacks.defaults import changes_steps
 from wraploop.callbacks.meters import rows_of
 from wraploop.callbacks.scheduler import optimizer_called
 from wraploop.events import CancelEpoch, StepBegin, StepEnd
@@ -113,7 +114,7 @@ def lr_find(
     optimizer_called(learner, optimizer)
     rates = [start * (end / start) ** (step / (steps - 1)) for step in range(steps)]
     sweep = _Sweep(rates, optimizer, loss or phase.losses[0], stop_factor)
-    helpers = [copy.deepcopy(c) for c in learner.callbacks.listed if _changes_steps(c)]
+    helpers = [copy.deepcopy(c) for c in learner.callbacks.listed if changes_steps(c)]
     with rehearsed(learner, phase, callbacks=[*helpers, sweep]) as rehearsed_phase:
         with learner.run_epoch(rehearsed_phase, batches):
             for batch in _over_and_over(batches):
@@ -168,10 +169,6 @@ class _Sweep(Callback):
         lowest = min(self.smoothed)
         risen = self.smoothed[-1] - lowest > (self.stop_factor - 1) * abs(lowest)
         return risen or not math.isfinite(self.losses[-1])
-
-
-def _changes_steps(callback: Callback) -> bool:
-    return any(written.startswith("step.") for written in callback.writes)
 
 
 def _mean_over_processes(loss: float, stored: dict[str, Any]) -> float:

@@ -99,7 +99,7 @@ def _events(learner: Learner, phases: list[Phase]) -> Iterator[str]:
         yield f"{event.__name__}: {', '.join(answer for answer in answers if answer)}"
     silent = [c for c in callbacks if not any(_answers(c, e, phases) for e in _all(c))]
     if silent:
-        yield f"never called in these phases: {', '.join(map(_name, silent))}"
+        yield f"never called in these phases: {', '.join(map(repr, silent))}"
 
 
 def _own_events(callbacks: list[Callback]) -> list[type[Event]]:
@@ -117,9 +117,5 @@ def _answers(callback: Callback, event: type[Event], phases: list[Phase]) -> str
     kinds = [kind for on_event, kind, _ in callback.handlers() if issubclass(event, on_event)]
     where = [phase.name for phase in phases if any(isinstance(phase, kind) for kind in kinds)]
     if Phase in kinds or (where and len(where) == len(phases)):
-        return _name(callback)
-    return f"{_name(callback)} (in {' and '.join(where)})" if where else ""
-
-
-def _name(callback: Callback) -> str:
-    return repr(callback)
+        return repr(callback)
+    return f"{callback!r} (in {' and '.join(where)})" if where else ""

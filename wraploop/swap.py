@@ -24,7 +24,7 @@ class Swap(Protocol):
 _AS_GIVEN: dict[str, Callable[[Learner, Any], Any]] = {
     "model": lambda learner, given: named.models(given),
     "optimizer": lambda learner, given: named.optimizers(learner.model, given),
-    "loss_fn": lambda learner, given: given,
+    "loss_fn": lambda learner, given: named.loss_fn(given),
     "data": lambda learner, given: named.data(given),
 }
 

@@ -59,7 +59,7 @@ class EMA(AroundUpdates):
         self.decay, self.models = decay, models
         self.averages: dict[str, dict[str, Tensor]] = {}
         self._update = get_ema_multi_avg_fn(decay)
-        self._has_begun = self._is_update = False
+        self._has_begun = False
 
     @override
     def attach(self, learner: Learner) -> None:
@@ -74,7 +74,6 @@ class EMA(AroundUpdates):
         if not self._has_begun:  # weights may have been loaded since it joined
             self._start(learner)
         self._has_begun = True
-        self._is_update = has_update(optimizer)  # none while gradients are being accumulated
 
     def _start(self, learner: Learner) -> None:
         self.averages = {name: _copies(learner, name) for name in self.models or learner.models}
@@ -82,13 +81,13 @@ class EMA(AroundUpdates):
     @override
     @torch.no_grad()
     def after(self, learner: Learner, name: str, optimizer: Optimizer) -> None:
-        if not self._is_update:
+        is_gathering = getattr(learner.step, "accumulated", 0) > 0
+        if is_gathering or not has_update(optimizer):
             return
         held = set(parameters_of(optimizer))
         averages, weights = [], []
         for model, kept in self.averages.items():
-            for key, weight in learner.models[model].named_parameters():
-                key = key.removeprefix("_orig_mod.")
+            for key, weight in _weights(learner, model):
                 if weight in held:
                     average = kept.get(key)
                     if average is None or average.device != weight.device:
@@ -131,10 +130,13 @@ class EMA(AroundUpdates):
 
 
 def _copies(learner: Learner, name: str) -> dict[str, Tensor]:
-    parameters = learner.models[name].named_parameters()
-    return {
-        key.removeprefix("_orig_mod."): _copy(parameter, parameter) for key, parameter in parameters
-    }
+    return {key: _copy(weight, weight) for key, weight in _weights(learner, name)}
+
+
+def _weights(learner: Learner, name: str) -> Iterator[tuple[str, Tensor]]:
+    """A model's parameters, by the names that they have without `torch.compile` around it."""
+    for key, parameter in learner.models[name].named_parameters():
+        yield key.removeprefix("_orig_mod."), parameter
 
 
 def _copy(values: Tensor, like: Tensor) -> Tensor:
@@ -146,7 +148,6 @@ def _copy(values: Tensor, like: Tensor) -> Tensor:
 @torch.no_grad()
 def _put(learner: Learner, weights: Mapping[str, Mapping[str, Tensor]]) -> None:
     for name, tensors in weights.items():
-        for key, parameter in learner.models[name].named_parameters():
-            key = key.removeprefix("_orig_mod.")
+        for key, weight in _weights(learner, name):
             if key in tensors:
-                parameter.copy_(tensors[key])
+                weight.copy_(tensors[key])

@@ -26,9 +26,12 @@ def for_evaluation(callbacks: Iterable[Callback]) -> list[Callback]:
     given = list(callbacks)
     metrics = next((each.unwrapped for each in given if isinstance(each.unwrapped, Metrics)), None)
     own = [History(), metrics.fresh() if isinstance(metrics, Metrics) else Metrics()]
-    kept = [each for each in given if isinstance(each.unwrapped, ProgressBar) or _changes(each)]
+    kept = [
+        each for each in given if isinstance(each.unwrapped, ProgressBar) or changes_steps(each)
+    ]
     return [*own, *kept]
 
 
-def _changes(callback: Callback) -> bool:
+def changes_steps(callback: Callback) -> bool:
+    """Whether it puts something into a step: another batch, clipped gradients."""
     return any(written.startswith("step.") for written in callback.writes)

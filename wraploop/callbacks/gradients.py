@@ -122,7 +122,7 @@ class AccumulateGradients(AroundUpdates):
     def flush(self, learner: Learner) -> None:
         """Makes an update from what is left, unless the epoch is broken."""
         if not learner.running.broken and self._sums:
-            self._is_flushing = True
+            self._is_flushing, learner.step.accumulated = True, 0
             learner.handle(LateUpdateBegin())  # so that clipping and averages see it
             try:
                 for name, optimizer in learner.optimizers.items():

@@ -69,7 +69,7 @@ class AllMetrics(ByPhase[PhaseMetrics]):
     def names(self, phase: Phase) -> list[str]:
         """What a phase's metrics are called; none if that shows only when they are computed."""
         metrics = [each for each in self._metrics if isinstance(phase, each.phase)]
-        if any(hasattr(each.of, "compute") for each in metrics):
+        if any(_has_state(each) for each in metrics):
             return []
         return [*phase.losses, *(each.name for each in metrics)]
 
@@ -224,9 +224,14 @@ def _metric(given: Any, name: str) -> Metric:
 
 
 def _meter(metric: Metric, steps: dict[str, Series]) -> Meter:
-    if all(hasattr(metric.of, verb) for verb in ("update", "compute", "reset")):
+    if _has_state(metric):
         return StateMeter(metric.name, metric.reads, metric.of)
     return MeanMeter(metric.name, metric.reads, metric.of, steps)
+
+
+def _has_state(metric: Metric) -> bool:
+    """Whether it is of an object with a state, as torchmetrics has them, and no function."""
+    return all(hasattr(metric.of, verb) for verb in ("update", "compute", "reset"))
 
 
 def _check_names(names: Sequence[str]) -> None:

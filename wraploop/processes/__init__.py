@@ -99,7 +99,7 @@ def stop() -> None:
 
 def any(flag: bool | Tensor) -> bool:
     """Whether `flag` is true on at least one process; the same answer on all of them."""
-    if not (_AVAILABLE and dist.is_initialized()):
+    if not is_started():
         return bool(flag)
     return sum(float(bool(flag))) > 0
 
