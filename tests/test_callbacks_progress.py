@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+import tests.loop
 from wraploop.callback import Callback, on
 from wraploop.callbacks.history import History
 from wraploop.callbacks.progress import ProgressBar
@@ -105,3 +106,12 @@ def test_processes_other_than_the_first_show_nothing(monkeypatch):
     one, _, screen = learner()
     one.fit(1)
     assert screen.getvalue() == ""
+
+
+@pytest.mark.parametrize("options", [{"disable": True}, {"mininterval": 0}])
+def test_options_of_tqdm_are_its_own(options):
+    file = io.StringIO()
+    one = tests.loop.learner(History(), ProgressBar(file=file, **options))
+    one.fit(1)
+    assert one.history[TrainingPhase].steps == 4
+    assert ("4/4" in file.getvalue()) == (not options.get("disable"))

@@ -33,6 +33,7 @@ class ProgressBar(Callback):
         self.options = {"leave": False, "unit": "step", **options}
         self._bars: dict[Epoch | None, tqdm[Any]] = {}
         self._read_s = self._told_s = 0.0
+        self._tell_every_s = self.options.get("mininterval", 0.1)
 
     @on(EpochBegin)
     def open(self, learner: Learner) -> None:
@@ -51,7 +52,7 @@ class ProgressBar(Callback):
             return
         bar.n += 1
         now_s = time.perf_counter()
-        if now_s - self._told_s < bar.mininterval:  # as tqdm itself would, in less time
+        if now_s - self._told_s < self._tell_every_s:  # as tqdm itself would, in less time
             return
         self._told_s = now_s
         if now_s - self._read_s > self.losses_every_s:
