@@ -270,6 +270,6 @@ def test_a_class_is_not_a_callback():
 
 def test_the_table_of_no_phase_holds_only_what_asks_for_no_phase():
     both = [TwoMoments(), Everything()]
-    assert len(Table(both, type(None))[StepEnd]) == 1
-    assert len(Table(both, TrainingPhase)[StepEnd]) == 2
-    assert len(Table([TwoMoments()], Phase)[StepEnd]) == 0
+    assert len(Table(both, type(None))[StepEnd][0]) == 1
+    assert len(Table(both, TrainingPhase)[StepEnd][0]) == 2
+    assert len(Table([TwoMoments()], Phase)[StepEnd][0]) == 0

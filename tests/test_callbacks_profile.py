@@ -166,8 +166,8 @@ def test_removed_it_costs_nothing_and_put_back_it_goes_on():
     timings = one.callbacks.remove(Timings)
     one.fit(1)
     one.callbacks.choose_table(TrainingPhase)
-    assert one.callbacks.table[StepEnd] == ()
-    assert one.callbacks.table[BackwardEnd] == ((sleeper, sleeper.last),)
+    assert one.callbacks.table[StepEnd] == ((), None)
+    assert one.callbacks.table[BackwardEnd] == (((sleeper, sleeper.last),), None)
     assert one.timings.gaps[TrainingPhase]["StepBegin -> LossBegin"].count == 4
     assert timings is not None
     one.callbacks.add(timings)

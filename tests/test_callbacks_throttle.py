@@ -129,7 +129,7 @@ def test_a_cancellation_names_the_callback_itself():
     one.callbacks.choose_table(TrainingPhase)
     one.in_step = True
     try:
-        one.callbacks.call(StepEnd())
+        one.callbacks.call(StepEnd(), one.callbacks.table[StepEnd][0])
     except CancelStep as cancel:
         source.append(cancel.source)
     assert source == [inner]

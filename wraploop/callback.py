@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
-from wraploop.events import Cancel, CancelEpoch, CancelStep, Event, FitBegin, FitEnd, graver
+from wraploop.events import (
+    Cancel,
+    CancelEpoch,
+    CancelStep,
+    EpochBegin,
+    Event,
+    FitBegin,
+    FitEnd,
+    graver,
+)
 from wraploop.order import in_order
 from wraploop.phases import Phase
 
@@ -114,8 +123,15 @@ class Callback:
         return f"{type(self).__name__}()"
 
 
-class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
-    """Who answers an event in one phase, with what, in order; worked out at its first use.
+_LONG = (FitBegin, EpochBegin)
+Calls: TypeAlias = tuple[tuple[Callback, Call], ...]
+
+
+class Table(dict[type[Event], tuple[Calls, type[Event] | None]]):
+    """Who answers an event in one phase, with what, in order; and which end is due from then on.
+
+    Worked out at its first use. An end that nobody answers is not due, except that of what runs
+    long: a callback that answers it may join meanwhile.
 
     Args:
         callbacks: in their order.
@@ -129,13 +145,15 @@ class Table(dict[type[Event], tuple[tuple[Callback, Call], ...]]):
         super().__init__()
         self._callbacks, self._phase, self._watchers = callbacks, phase, watchers
 
-    def __missing__(self, event: type[Event]) -> tuple[tuple[Callback, Call], ...]:
-        calls = [
-            (callback, call)
+    def __missing__(self, event: type[Event]) -> tuple[Calls, type[Event] | None]:
+        calls = tuple(
+            (callback, self._around(callback, call))
             for callback in self._callbacks
             for call in callback.called_at(event, self._phase)
-        ]
-        self[event] = tuple((who, self._around(who, call)) for who, call in calls)
+        )
+        end = event.end
+        is_due = end is not None and (calls or self[end][0] or event in _LONG)
+        self[event] = calls, end if is_due else None
         return self[event]
 
     def _around(self, callback: Callback, call: Call) -> Call:
@@ -242,14 +260,18 @@ class Callbacks:
         """Makes `table` say who answers which event in phases of this type."""
         self.table = self._tables.setdefault(phase, Table(self, phase, self._watchers))
 
-    def call(self, event: Event) -> None:
+    def call(self, event: Event, calls: Calls) -> None:
         """Calls all that answer an event, then raises the strongest cancellation among theirs.
+
+        Args:
+            event: what happens.
+            calls: the table's entry for it.
 
         Raises:
             RuntimeError: cancelled is a step or an epoch, and none is running.
         """
-        learner, calls = self._learner, self.table[type(event)]
-        outer, learner.event, cancel = learner.event, event, None
+        learner, cancel = self._learner, None
+        outer, learner.event = learner.event, event
         try:
             for callback, call in calls:
                 try:

@@ -38,8 +38,9 @@ def end(due: Due, outer: int, callbacks: Callbacks, error: BaseException | None 
     while len(due) > outer:
         kind = due.pop(0)
         try:
-            if callbacks.table[kind]:
-                callbacks.call(kind())
+            calls, _ = callbacks.table[kind]
+            if calls:
+                callbacks.call(kind(), calls)
         except BaseException as another:
             cause = graver(cause, another)
     try:

@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
-_LONG = (FitBegin, EpochBegin)  # a callback that answers their end may join meanwhile
 
 
 class Learner:
@@ -237,22 +236,25 @@ class Learner:
         state = StepState()
         state.batch = batch
         self.step, self.in_step = state, True
-        due, begun = self._due, len(self._due)
+        callbacks, due, begun = self.callbacks, self._due, len(self._due)
         try:
             try:  # as `with ending(...)` does, in less time
-                if self.callbacks.table[StepBegin]:
-                    self.callbacks.call(StepBegin())
+                calls, _ = callbacks.table[StepBegin]
+                if calls:
+                    callbacks.call(StepBegin(), calls)
                 phase.step(self, state.batch)
             except BaseException as error:
                 state.cancelled = True
                 due.insert(len(due) - begun, StepEnd)
-                end(due, begun, self.callbacks, error)
+                end(due, begun, callbacks, error)
                 raise
             if len(due) > begun:
                 due.insert(len(due) - begun, StepEnd)
-                end(due, begun, self.callbacks)
-            elif self.callbacks.table[StepEnd]:
-                self.callbacks.call(StepEnd())
+                end(due, begun, callbacks)
+            else:
+                calls, _ = callbacks.table[StepEnd]
+                if calls:
+                    callbacks.call(StepEnd(), calls)
         except CancelStep:
             pass
         finally:
@@ -267,15 +269,14 @@ class Learner:
         All of them are called, also after one that cancels; then the strongest cancellation acts.
         An error acts at once.
         """
-        kind, table = type(event), self.callbacks.table
-        calls, end = table[kind], kind.end
-        if end is not None:
-            if calls or table[end] or kind in _LONG:
-                self._due.insert(0, end)
+        kind = type(event)
+        calls, due = self.callbacks.table[kind]
+        if due is not None:
+            self._due.insert(0, due)
         elif kind in self._due:
             self._due.remove(kind)
         if calls:
-            self.callbacks.call(event)
+            self.callbacks.call(event, calls)
 
     def on(
         self,

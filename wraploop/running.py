@@ -48,10 +48,10 @@ class StepState:
 
 def number_in(step: StepState, name: str) -> float:
     """What is stored in a step, as a number; it is read off its device once."""
-    value, numbers = vars(step)[name], step._numbers
-    if name not in numbers or numbers[name][0] is not value:
-        numbers[name] = value, value.item() if isinstance(value, Tensor) else float(value)
-    return numbers[name][1]
+    value, known = vars(step)[name], step._numbers.get(name)
+    if known is None or known[0] is not value:
+        known = step._numbers[name] = value, number(value)
+    return known[1]
 
 
 def number(value: Tensor | float) -> float:

@@ -10,25 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from wraploop import processes
 from wraploop.callbacks.records import Series
 from wraploop.running import StepState, number
 
-_ABSENT = object()
 
+class LossMeter:
+    """A loss that steps store, and its mean over the rows of an epoch."""
 
-class MeanMeter:
-    """A step's value, and its mean over the rows of an epoch."""
-
-    def __init__(
-        self,
-        name: str,
-        reads: tuple[str, ...],
-        function: Callable[..., Any] | None,
-        steps: dict[str, Series],
-    ) -> None:
-        self.name, self.reads, self.function, self.steps = name, reads, function, steps
+    def __init__(self, name: str, steps: dict[str, Series]) -> None:
+        self.name, self.steps = name, steps
         self.series = steps.get(name, Series())
         self.begin()
 
@@ -37,10 +30,14 @@ class MeanMeter:
         self.start, self.rows = len(self.series), array("q")
 
     def take(self, at: int, step: StepState, rows: int) -> None:
-        """Takes a step's value, if the step has what the metric reads."""
-        value = self._value(step)
-        if value is _ABSENT:
-            return
+        """Takes a step's value, if the step has what it is taken of."""
+        stored, name = vars(step), self.name
+        if name in stored:
+            value, known = stored[name], step._numbers.get(name)
+            self.append(at, known[1] if known is not None and known[0] is value else value, rows)
+
+    def append(self, at: int, value: Any, rows: int) -> None:
+        """Adds a step's value."""
         try:
             self.series.append(at, value)
         except (RuntimeError, TypeError, ValueError):
@@ -49,16 +46,6 @@ class MeanMeter:
             self.steps[self.name] = self.series
         self.rows.append(rows)
 
-    def _value(self, step: StepState) -> Any:
-        stored = vars(step)
-        if self.function is None:
-            value, known = stored.get(self.name, _ABSENT), step._numbers.get(self.name)
-            return known[1] if known is not None and known[0] is value else value
-        if any(name not in stored for name in self.reads):
-            return _ABSENT
-        with torch.no_grad():
-            return self.function(*(_detached(stored[name]) for name in self.reads))
-
     def result(self) -> dict[str, float]:
         """The epoch's value by name, over all processes; nothing where no step had any."""
         values = self.series.values[self.start :]
@@ -66,6 +53,28 @@ class MeanMeter:
         total = processes.sum(sum(value * rows for value, rows in pairs if rows))
         rows = processes.sum(sum(self.rows))
         return {self.name: total / rows} if rows else {}
+
+
+class FunctionMeter(LossMeter):
+    """What a function of the step's values comes to, and its mean over the rows of an epoch."""
+
+    def __init__(
+        self,
+        name: str,
+        reads: tuple[str, ...],
+        function: Callable[..., Any],
+        steps: dict[str, Series],
+    ) -> None:
+        super().__init__(name, steps)
+        self.reads, self.function = reads, function
+
+    @override
+    def take(self, at: int, step: StepState, rows: int) -> None:
+        stored = vars(step)
+        if all(name in stored for name in self.reads):
+            with torch.no_grad():
+                value = self.function(*(_detached(stored[name]) for name in self.reads))
+            self.append(at, value, rows)
 
 
 class StateMeter:

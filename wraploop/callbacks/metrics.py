@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from wraploop.callback import Callback, on
-from wraploop.callbacks.meters import MeanMeter, StateMeter, rows_of
+from wraploop.callbacks.meters import FunctionMeter, LossMeter, StateMeter, rows_of
 from wraploop.callbacks.records import ByPhase, Series
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
 from wraploop.phases import Phase
@@ -17,7 +17,7 @@ from wraploop.phases import Phase
 if TYPE_CHECKING:
     from wraploop.learner import Learner
 
-Meter = MeanMeter | StateMeter
+Meter = LossMeter | StateMeter
 
 
 class PhaseMetrics:
@@ -196,7 +196,7 @@ class Metrics(Callback):
         if phase.name not in self._meters:
             metrics = [each for each in self.metrics if isinstance(phase, each.phase)]
             _check_names([*phase.losses, *(each.name for each in metrics)])
-            losses = [MeanMeter(name, (name,), None, steps) for name in phase.losses]
+            losses = [LossMeter(name, steps) for name in phase.losses]
             self._meters[phase.name] = [*losses, *(_meter(each, steps) for each in metrics)]
         return self._meters[phase.name]
 
@@ -226,7 +226,7 @@ def _metric(given: Any, name: str) -> Metric:
 def _meter(metric: Metric, steps: dict[str, Series]) -> Meter:
     if _has_state(metric):
         return StateMeter(metric.name, metric.reads, metric.of)
-    return MeanMeter(metric.name, metric.reads, metric.of, steps)
+    return FunctionMeter(metric.name, metric.reads, metric.of, steps)
 
 
 def _has_state(metric: Metric) -> bool:
