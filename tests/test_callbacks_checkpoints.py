@@ -56,7 +56,7 @@ def test_every_epoch_is_kept_unless_told_otherwise(tmp_path):
 
 
 def test_the_best_and_the_latest_are_kept(tmp_path):
-    checkpoints: Any = Checkpoints(tmp_path, keep_top_k=2)
+    checkpoints: Any = Checkpoints(tmp_path, keep_top_k=2, keep_latest=1)
     one = learner(History(), Metrics(), checkpoints)
     for _ in range(6):
         one.fit(1)
@@ -70,15 +70,36 @@ def test_the_best_and_the_latest_are_kept(tmp_path):
 
 
 def test_large_may_be_good(tmp_path):
-    one = learner(History(), Metrics(), Checkpoints(tmp_path, mode="max", keep_top_k=1))
+    one = learner(
+        History(), Metrics(), Checkpoints(tmp_path, mode="max", keep_top_k=1, keep_latest=1)
+    )
     one.fit(4)
     losses = list(one.metrics[ValidationPhase].epochs["loss"].values)
     assert epochs(tmp_path) == sorted({losses.index(max(losses)) + 1, 4})
 
 
 def test_none_but_the_latest_may_be_kept(tmp_path):
-    learner(History(), Metrics(), Checkpoints(tmp_path, keep_top_k=0)).fit(3)
-    assert epochs(tmp_path) == [3]
+    learner(History(), Metrics(), Checkpoints(tmp_path / "two", keep_top_k=0)).fit(4)
+    assert epochs(tmp_path / "two") == [3, 4]
+    one = Checkpoints(tmp_path / "one", keep_top_k=0, keep_latest=1)
+    learner(History(), Metrics(), one).fit(4)
+    assert epochs(tmp_path / "one") == [4]
+
+
+def test_without_a_metric_the_latest_are_kept(tmp_path):
+    checkpoints: Any = Checkpoints(tmp_path, None, every_epochs=2, every_steps=3)
+    learner(History(), checkpoints).fit(3)  # 12 steps
+    assert names(tmp_path) == ["step_00000009", "step_00000012"]
+    assert checkpoints.latest == tmp_path / "step_00000012"
+    assert checkpoints.best is None
+
+
+def test_saving_after_steps_leaves_the_best_epochs(tmp_path):
+    one = learner(History(), Metrics(), Checkpoints(tmp_path, keep_top_k=1, every_steps=3))
+    one.fit(3)
+    losses = list(one.metrics[ValidationPhase].epochs["loss"].values)
+    best = f"epoch_{losses.index(min(losses)) + 1:04}_loss_{min(losses):.6g}"
+    assert names(tmp_path) == sorted({best, f"epoch_0003_loss_{losses[2]:.6g}", "step_00000012"})
 
 
 def test_a_nan_is_the_worst(tmp_path):
@@ -129,18 +150,22 @@ def test_a_checkpoint_has_what_callbacks_know_at_its_epoch_whatever_their_order(
         one.fit(1)
         (path,) = (tmp_path / folder).iterdir()
         saved = torch.load(path / "learner.pt", weights_only=True)["callbacks"]
-        assert saved["TorchScheduler"]["last_epoch"] == 1
-        assert saved["Metrics"]["callback"]["ValidationPhase"]["epochs"]["loss"]["at"].tolist() == [
-            1
-        ]
-        assert saved["Checkpoints"]["saved"][0][0] == 1
+        assert saved["TorchScheduler"]["scheduler"]["last_epoch"] == 1
+        epochs = saved["Metrics"]["callback"]["records"]["ValidationPhase"]["epochs"]
+        assert epochs["loss"]["at"].tolist() == [1]
+        assert saved["Checkpoints"]["saved"][0][1] == 1
 
 
 def test_several_models_and_optimizers_are_saved_by_name(tmp_path):
     one, other = gan_learner(), gan_learner()
     one.fit(1, [GAN])
     one.save(tmp_path / "here")
-    assert names(tmp_path / "here") == ["critic.safetensors", "generator.safetensors", "learner.pt"]
+    assert names(tmp_path / "here") == [
+        "checkpoint.json",
+        "critic.safetensors",
+        "generator.safetensors",
+        "learner.pt",
+    ]
     other.load(tmp_path / "here")
     for name in ("critic", "generator"):
         assert_equal(weights(other.models[name]), weights(one.models[name]), rtol=0, atol=0)
@@ -182,10 +207,11 @@ def test_a_checkpoint_is_replaced_when_the_new_one_is_whole(tmp_path):
 
 def test_what_does_not_fit_is_an_error(tmp_path):
     learner().save(tmp_path / "here")
-    with pytest.raises(
-        FileNotFoundError, match=r"generator\.safetensors in the checkpoint .*\['learner"
-    ):
+    with pytest.raises(ValueError, match="of models model, and the learner's are generator, cri"):
         gan_learner().load(tmp_path / "here")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint.json in .*empty, which has \[\]"):
+        learner().load(tmp_path / "empty")
     with pytest.raises(FileNotFoundError, match="it is no folder"):
         learner().load(tmp_path / "nowhere")
     wider = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)).double()

@@ -1,164 +1,323 @@
-"""Reading and writing checkpoints.
+"""Reading and writing checkpoints: folders that are whole or not there.
 
-A checkpoint is a folder: for each model `<name>.safetensors`, weights under the plain model's keys,
-and `learner.pt` with what optimizers and callbacks know. Loading executes nothing of it.
+    model.safetensors   a model's weights, for each model by its name, under the plain model's keys
+    learner.pt          everything else that is in `state`; loading executes nothing of it
+    checkpoint.json     how far training was, and the size and SHA-256 of the other files
+
+A checkpoint is written beside its place, flushed to the disk, and renamed when it is whole. What
+was in its place is renamed too, and is found if the process is killed between the two.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
-from collections import Counter
+import time
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from wraploop import processes
-from wraploop.callback import Callback
+from wraploop.state import State
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
 
-_REST = "learner.pt"
+_LIST, _REST, _WEIGHTS = "checkpoint.json", "learner.pt", ".safetensors"
+_FORMAT = 1
+_BLOCK = 2**20  # bytes read at once
+
+
+class NotWhole(ValueError):
+    """A checkpoint that is truncated, damaged, or none."""
 
 
 def save(learner: Learner, path: str | os.PathLike[str]) -> None:
-    """Writes a learner's models, optimizers and callbacks to the folder `path`, on rank 0.
+    """Writes the learner's state to the folder `path`, on rank 0; every process has to call it.
 
-    The folder appears when it is whole; a checkpoint that was there is replaced. Random states and
-    the position in the data are not in it.
+    Raises:
+        FileExistsError, OSError, TypeError: as `copied` and `write`.
+        PeerError: rank 0 has got such an error.
+    """
+    state = learner.state_dict()
+    processes.on_main(lambda: write(copied(state), path, steps_of(learner)))
+
+
+def steps_of(learner: Learner) -> int:
+    """How many training steps the learner has counted."""
+    return getattr(vars(learner).get("history"), "training_steps", 0)
+
+
+def read_alike(path: str | os.PathLike[str]) -> State:
+    """What is in a checkpoint, read by every process from the same folder.
+
+    Raises:
+        OSError, NotWhole: one of them cannot.
+    """
+    state, error = None, None
+    try:
+        state = read(path)
+    except Exception as failed:
+        error = failed
+    said = processes.gather(error and f"{type(error).__name__}: {error}")
+    if error:
+        raise error
+    failed = {rank: each for rank, each in enumerate(said) if each}
+    if failed:
+        rank, message = next(iter(failed.items()))
+        raise OSError(
+            f"Rank {rank} cannot read the checkpoint, which rank {processes.rank()} can: {message} "
+            "Every process reads it: put it where all of them see it."
+        )
+    assert state is not None
+    return state
+
+
+def copied(state: State) -> State:
+    """The state as it is now, in memory: training may go on while it is written.
+
+    Raises:
+        TypeError: there is something in it that loading would have to execute; names its place.
+    """
+    return {key: _copied(value, key) for key, value in state.items()}
+
+
+def write(state: State, path: str | os.PathLike[str], steps: int = 0) -> None:
+    """Writes a `copied` state to the folder `path`; a checkpoint that was there is replaced.
+
+    Args:
+        state: of a learner.
+        path: the folder; it appears when it is whole.
+        steps: how many training steps had been made, by which the newest is found.
 
     Raises:
         FileExistsError: there is something that is no checkpoint.
-        OSError: it cannot be written.
-        PeerError: rank 0 has not written it.
-    """
-    path, rest = Path(path), _plain(_state_of_the_rest(learner))
-    if processes.is_main_process():
-        try:
-            _write(learner, path, rest)
-        except Exception as error:
-            if processes.world_size() > 1:
-                processes.Channel().fail(error)
-            raise
-    processes.broadcast(None)  # nobody goes on before it is there
-
-
-def load(learner: Learner, path: str | os.PathLike[str]) -> None:
-    """Takes over what `save` has written, from the same folder on every process.
-
-    Callbacks that are not in the checkpoint start afresh.
-
-    Raises:
-        FileNotFoundError: there is no checkpoint of these models.
-        ValueError: the optimizers do not fit; nothing has been changed then.
-        RuntimeError: weights do not fit.
+        OSError: it cannot be written; what was there is as it was.
     """
     path = Path(path)
-    for name in learner.models:
-        file = path / f"{name}.safetensors"
-        if not file.is_file():
-            there = f"it has {sorted(os.listdir(path))}" if path.is_dir() else "it is no folder"
-            raise FileNotFoundError(f"There is no {file.name} in the checkpoint {path}: {there}.")
-    rest = torch.load(path / _REST, map_location="cpu", weights_only=True)
-    _check_optimizers(learner, rest["optimizers"])
-    for name, model in learner.models.items():
-        load_model(_uncompiled(model), str(path / f"{name}.safetensors"))
-    for name, optimizer in learner.optimizers.items():
-        optimizer.load_state_dict(rest["optimizers"][name]["state"])
-    for name, callback in _callbacks(learner).items():
-        if name in rest["callbacks"]:
-            callback.load_state_dict(rest["callbacks"][name])
-        else:
-            callback.attach(learner)
-
-
-def _write(learner: Learner, path: Path, rest: dict[str, Any]) -> None:
-    _check_replaced(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    for left in (aside, _old(aside)):  # by a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    aside.mkdir(parents=True)
+    check_replaced(path)
+    new = path.with_name(f".{path.name}.new")
+    shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
+    new.mkdir(parents=True)
     try:
-        for name, model in learner.models.items():
-            save_model(_uncompiled(model), str(aside / f"{name}.safetensors"))
-        torch.save(rest, aside / _REST)
-        _put(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        _write_files(state, new)
+        files = {file.name: _fingerprint(file) for file in sorted(new.iterdir())}
+        about = {"format": _FORMAT, "steps": steps, "made_ns": time.time_ns(), "files": files}
+        (new / _LIST).write_text(json.dumps(about, indent=1))
+        for file in [*new.iterdir(), new]:
+            _flush(file)
+        _put(new, path)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
 
 
-def _state_of_the_rest(learner: Learner) -> dict[str, Any]:
-    """All but the weights."""
-    return {
-        "optimizers": {
-            name: {"kind": type(each).__name__, "state": each.state_dict()}
-            for name, each in learner.optimizers.items()
-        },
-        "callbacks": {name: each.state_dict() for name, each in _callbacks(learner).items()},
-    }
+def read(path: str | os.PathLike[str]) -> State:
+    """The state in a checkpoint, once it has been checked that it is whole.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        NotWhole: it is truncated or damaged.
+        pickle.UnpicklingError: it would execute something.
+    """
+    path = _replaced(Path(path))
+    check_whole(path)
+    rest: State = torch.load(path / _REST, map_location="cpu", weights_only=True)
+    for name in rest["models"]:
+        rest["models"][name].update(load_file(path / f"{name}{_WEIGHTS}"))
+    return rest
 
 
-def _check_optimizers(learner: Learner, saved: Mapping[str, Any]) -> None:
-    mine = {
-        name: _shape(type(o).__name__, o.state_dict()) for name, o in learner.optimizers.items()
-    }
-    theirs = {name: _shape(each["kind"], each["state"]) for name, each in saved.items()}
-    if mine != theirs:
-        raise ValueError(f"The checkpoint is of optimizers {theirs}, and the learner's are {mine}.")
+def newest(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest checkpoint in a folder that is whole; warns of newer ones that are not."""
+    candidates = sorted(_found(Path(folder)), reverse=True)
+    for *_, path in candidates:
+        try:
+            check_whole(path)
+        except NotWhole as error:
+            warnings.warn(f"{error} The one before it is used.", stacklevel=2)
+        else:
+            return path
+    return None
 
 
-def _shape(kind: str, state: Mapping[str, Any]) -> str:
-    groups = [str(len(group["params"])) for group in state["param_groups"]]
-    return f"{kind} of {' + '.join(groups)} parameters"
+def check_whole(path: Path) -> None:
+    """Checks that the files of a checkpoint are as they were written.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        NotWhole: they are not.
+    """
+    if not path.is_dir():
+        raise FileNotFoundError(f"There is no checkpoint {path}: it is no folder.")
+    if not (path / _LIST).is_file():
+        raise FileNotFoundError(f"There is no {_LIST} in {path}, which has {_inside(path)}.")
+    try:
+        files = json.loads((path / _LIST).read_bytes())["files"]
+        wrong = [name for name, each in files.items() if _fingerprint(path / name) != each]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotWhole(f"The checkpoint {path} is not whole: {error}.") from error
+    if wrong:
+        raise NotWhole(f"The checkpoint {path} is not whole: {', '.join(wrong)} is damaged.")
 
 
-def _uncompiled(model: torch.nn.Module) -> torch.nn.Module:
-    """The model without `torch.compile` around it, which puts a prefix before its keys."""
-    return getattr(model, "_orig_mod", model)
+def check_replaced(path: Path) -> None:
+    """Checks that nothing but a checkpoint, or an empty folder, is replaced.
 
-
-def _callbacks(learner: Learner) -> dict[str, Callback]:
-    """The callbacks by class, and numbered where there are several of one."""
-    found: dict[str, Callback] = {}
-    counts: Counter[str] = Counter()
-    for callback in learner.callbacks.listed:
-        kind = type(callback.unwrapped).__name__
-        counts[kind] += 1
-        found[f"{kind}-{counts[kind]}" if counts[kind] > 1 else kind] = callback
-    return found
-
-
-def _old(aside: Path) -> Path:
-    return aside.with_name(f"{aside.name}.old")
-
-
-def _check_replaced(path: Path) -> None:
-    """Checks that nothing but a checkpoint, or an empty folder, is replaced."""
-    is_checkpoint = path.is_dir() and ((path / _REST).exists() or not os.listdir(path))
+    Raises:
+        FileExistsError: it is something else.
+    """
+    is_checkpoint = path.is_dir() and ((path / _LIST).exists() or not os.listdir(path))
     if path.exists() and not is_checkpoint:
         raise FileExistsError(
             f"{path} is no checkpoint, and would be replaced by one. Give another path."
         )
 
 
-def _plain(value: Any) -> Any:
-    """With NumPy's numbers as Python's, as loading executes nothing and knows none of NumPy's."""
-    if isinstance(value, dict):
-        return {_plain(key): _plain(each) for key, each in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(map(_plain, value))
-    return value.item() if isinstance(value, np.generic) else value
+class Writer:
+    """Writes checkpoints while training goes on, one after the other."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+
+    def write(self, state: State, path: Path, steps: int, removed: list[Path]) -> None:
+        """Begins to write, and removes `removed` once that is done. Waits for the one before.
+
+        Raises:
+            OSError: the one before could not be written.
+        """
+        self.wait()
+        self._pool = self._pool or ThreadPoolExecutor(1, "wraploop-checkpoint")
+        self._running = self._pool.submit(_write_and_remove, state, path, steps, removed)
+
+    def wait(self) -> None:
+        """Waits until nothing is being written.
+
+        Raises:
+            OSError: it could not be.
+        """
+        running, self._running = self._running, None
+        if running:
+            running.result()
+
+
+def _write_and_remove(state: State, path: Path, steps: int, removed: list[Path]) -> None:
+    write(state, path, steps)
+    for each in removed:
+        shutil.rmtree(each, ignore_errors=True)
+
+
+def _write_files(state: State, folder: Path) -> None:
+    tensors, rest = _parted(state)
+    try:
+        for name, each in tensors.items():
+            save_file(each, folder / f"{name}{_WEIGHTS}")
+        torch.save(rest, folder / _REST)
+    except (RuntimeError, SafetensorError) as error:  # as both say that the disk is full
+        raise OSError(f"The checkpoint {folder} could not be written: {error}") from error
+
+
+def _parted(state: State) -> tuple[dict[str, dict[str, Tensor]], State]:
+    """Weights by model, as `safetensors` takes them, and all the rest."""
+    tensors = {
+        name: {key: value for key, value in each.items() if isinstance(value, Tensor)}
+        for name, each in state["models"].items()
+    }
+    others = {
+        name: {key: value for key, value in each.items() if not isinstance(value, Tensor)}
+        for name, each in state["models"].items()
+    }
+    return tensors, {**state, "models": others}
+
+
+def _copied(value: Any, where: str) -> Any:
+    if isinstance(value, Tensor):
+        own = value.detach().to("cpu", copy=True)
+        return own if own.layout != torch.strided else own.contiguous()
+    if isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, (str, int, float, tuple)):
+                raise _not_plain(key, f"a key of {where}")
+        return {key: _copied(each, f"{where}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        copies = [_copied(each, f"{where}[{index}]") for index, each in enumerate(value)]
+        return tuple(copies) if isinstance(value, tuple) else copies
+    if isinstance(value, np.generic):  # which loading would have to execute
+        return value.item()
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
+        return value
+    raise _not_plain(value, where)
+
+
+def _not_plain(value: Any, where: str) -> TypeError:
+    return TypeError(
+        f"A checkpoint holds tensors, numbers, text, and lists and dicts of these, as loading it "
+        f"must execute nothing; and {where} is a {type(value).__module__}."
+        f"{type(value).__qualname__}. Have its `state_dict` return something plain."
+    )
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while block := opened.read(_BLOCK):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """Has the disk keep a file, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _put(new: Path, path: Path) -> None:
     """Renames a folder, replacing what is there."""
-    old = _old(new)
+    old = _old(path)
     if path.exists():
+        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
     os.replace(new, path)
+    _flush(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _replaced(path: Path) -> Path:
+    """`path`, or what was there if its writer was killed in the moment of replacing it."""
+    return path if path.exists() or not _old(path).exists() else _old(path)
+
+
+def _found(folder: Path) -> list[tuple[float, int, Path]]:
+    """The checkpoints in a folder, each after how many steps and when; damaged ones as newest."""
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(".") or not (path / _LIST).is_file():
+            continue
+        try:
+            about = json.loads((path / _LIST).read_bytes())
+            found.append((about["steps"], about["made_ns"], path))
+        except (OSError, ValueError, KeyError, TypeError):
+            found.append((float("inf"), 0, path))
+    return found
+
+
+def _inside(path: Path) -> list[str]:
+    return sorted(os.listdir(path))

@@ -13,14 +13,15 @@ from __future__ import annotations
 import copy
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, DistributedSampler
 
 from wraploop import processes
+from wraploop.later import Later, batches_after, loader_of, reads_by_index
 from wraploop.processes import random_state
 
 
@@ -68,11 +69,22 @@ class ShardedBatches:
         processes.start()
         if processes.world_size() == 1:
             return iter(self._batches)
+        return self._sharded(0, _go_on)
+
+    def after(self, count: int, ready: Callable[[], None]) -> Iterator[Any]:
+        """The batches but the first `count`; see `later.batches_after`."""
+        processes.start()
+        if processes.world_size() == 1:
+            return batches_after(self._batches, count, ready)
+        if reads_by_index(self._batches) and not self.num_workers:
+            return self._sharded(count, ready)
+        return iter(Later(self._sharded(0, _go_on), count, ready))
+
+    def _sharded(self, count: int, ready: Callable[[], None]) -> Iterator[Any]:
         state = _RandomState()
-        if not _reads_by_index(self._batches):
+        if not reads_by_index(self._batches):
             return self._cut(state)
-        loader = self._own_loader(state)
-        return self._read(loader, state)
+        return self._read(self._own_loader(state), state, count, ready)
 
     def __len__(self) -> int:
         return len(self._batches)  # pyright: ignore[reportArgumentType]
@@ -93,7 +105,7 @@ class ShardedBatches:
         source: Any = self._batches
         is_new = self._loader is None
         if is_new:
-            self._loader = _loader_of(source, _OwnIndices(source.batch_sampler))
+            self._loader = loader_of(source, _OwnIndices(source.batch_sampler), torch.Generator())
         loader: Any = self._loader
         if is_new or not loader.persistent_workers:
             with state.used():  # as the loader itself would, for its workers
@@ -102,9 +114,11 @@ class ShardedBatches:
             loader.generator.manual_seed(seed + processes.rank())
         return loader
 
-    def _read(self, loader: Any, state: _RandomState) -> Iterator[Any]:
-        """Batches of this process's samples alone."""
-        counts = loader.batch_sampler.begin(state)
+    def _read(
+        self, loader: Any, state: _RandomState, count: int, ready: Callable[[], None]
+    ) -> Iterator[Any]:
+        """Batches of this process's samples alone, but the first `count`."""
+        counts = loader.batch_sampler.begin(state, count, ready)
         for batch in loader:
             yield batch if counts.popleft() else _rows(batch, slice(0, 0), 1)
 
@@ -115,17 +129,17 @@ class _OwnIndices:
     def __init__(self, batch_sampler: Iterable[Any]) -> None:
         self._batch_sampler = batch_sampler
 
-    def begin(self, state: _RandomState) -> deque[int]:
+    def begin(self, state: _RandomState, count: int, ready: Callable[[], None]) -> deque[int]:
         """Has the next iteration draw from `state`; returns how many indices of each are its own.
 
-        What is returned is filled while the iteration goes on.
+        It leaves out `count` batches. What is returned is filled while the iteration goes on.
         """
-        self._state, self._counts = state, deque[int]()
+        self._state, self._counts, self._left_out = state, deque[int](), (count, ready)
         return self._counts
 
     def __iter__(self) -> Iterator[list[Any]]:
-        state, counts = self._state, self._counts
-        for batch in state.iterated(self._batch_sampler):
+        counts = self._counts
+        for batch in Later(self._state.iterated(self._batch_sampler), *self._left_out):
             indices: list[Any] = list(batch)
             own = indices[own_rows(len(indices))]
             counts.append(len(own))
@@ -182,33 +196,8 @@ class _RandomState:
 _END = object()
 
 
-def _reads_by_index(batches: Any) -> bool:
-    """Whether samples are read one by one, by indices that a batch sampler gives."""
-    if not isinstance(batches, DataLoader) or batches.batch_sampler is None:
-        return False
-    return not isinstance(batches.dataset, IterableDataset)
-
-
-def _loader_of(loader: Any, batch_sampler: Any) -> DataLoader[Any]:
-    """A loader like `loader`, with another batch sampler, and a generator of its own."""
-    workers = {}
-    if loader.num_workers:
-        workers = {
-            "prefetch_factor": loader.prefetch_factor,
-            "persistent_workers": loader.persistent_workers,
-            "multiprocessing_context": loader.multiprocessing_context,
-        }
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=batch_sampler,
-        num_workers=loader.num_workers,
-        collate_fn=loader.collate_fn,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        generator=torch.Generator(),
-        **workers,
-    )
+def _go_on() -> None:
+    pass
 
 
 def own_rows(rows: int) -> slice:

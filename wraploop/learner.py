@@ -15,7 +15,7 @@ from wraploop.callback import Callback, Callbacks, WrittenBy
 from wraploop.callbacks.defaults import for_evaluation, with_defaults
 from wraploop.callbacks.function import FunctionCallback
 from wraploop.callbacks.strict import Strict
-from wraploop.checkpoint import load, save
+from wraploop.checkpoint import read_alike, save
 from wraploop.ending import Due, end, ending
 from wraploop.events import (
     CancelEpoch,
@@ -39,7 +39,10 @@ from wraploop.phases import (
 )
 from wraploop.plan import plan
 from wraploop.plots import plot_metrics
+from wraploop.position import Position
+from wraploop.resuming import Resumption, resumption_of
 from wraploop.running import Batches, Epoch, StepState
+from wraploop.state import put_state, state_of
 from wraploop.swap import Swap, swap
 
 if TYPE_CHECKING:
@@ -71,6 +74,7 @@ class Learner:
         phases: those that the running fit runs, or the last.
         event: the event that callbacks are being called for.
         stopped: the `CancelFit` that ended the last fit, else `None`.
+        position: where the running fit is, or the last, `None` before the first.
 
     Raises:
         TypeError, ValueError: see `named` for models, optimizers and data, `Callbacks` for these.
@@ -115,21 +119,34 @@ class Learner:
         self.phases: list[Phase] = standard_phases(self.data)
         self.event: Event | None = None
         self.stopped: CancelFit | None = None
+        self.position: Position | None = None
         self._due: Due = []
+        self._fits = 0  # that have ended, but those within another
+        self._resumption: Resumption | None = None
         callbacks = with_defaults(callbacks) if default_callbacks else callbacks
         self.callbacks = Callbacks(self, callbacks, watchers=(Strict(),) if strict else ())
 
-    def fit(self, epochs: int, phases: Iterable[Phase | tuple[Phase, Batches]] = ()) -> None:
+    def fit(
+        self,
+        epochs: int,
+        phases: Iterable[Phase | tuple[Phase, Batches]] = (),
+        *,
+        resume: str | PathLike[str] | None = None,
+    ) -> None:
         """Runs each phase over its batches, one after the other, `epochs` times.
 
         Args:
-            epochs: how often.
+            epochs: how often, those before a resumption included.
             phases: phases, or pairs of a phase and its batches; without, training and, where
                 there is data for it, validation.
+            resume: a checkpoint that was saved in such a fit, from which it goes on, also from
+                the middle of an epoch; `"auto"` for the newest whole one of the `Checkpoints`
+                callback, if there is any. See `resuming`.
 
         Raises:
-            ValueError: `epochs` is no count, there are no batches for a phase, or a callback
-                answers an event that none of the phases fires.
+            ValueError: `epochs` is no count, there are no batches for a phase, a callback answers
+                an event that none of the phases fires, or the checkpoint is of another fit.
+            OSError: there is no such checkpoint.
         """
         if not isinstance(epochs, int) or epochs < 0:
             raise ValueError(f"Expected a number of epochs, 0 or more, and got {epochs!r}.")
@@ -138,20 +155,27 @@ class Learner:
             named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
         self.callbacks.check_joined()
         check_fired(self.callbacks, [phase for phase, _ in planned])
-        outer = self.phases if FitEnd in self._due else None  # a fit within a fit
+        within_a_fit = FitEnd in self._due
+        outer = self.phases, self.position, self._resumption
+        position = Position(self._fits, planned)
+        resumption = resumption_of(self, resume, position)
         self.phases, self.stopped = [phase for phase, _ in planned], None
+        self.position, self._resumption = position, resumption
         try:
             with ending(self._due, self.callbacks, self._stop):
                 self.handle(FitBegin())
-                for _ in range(epochs):
-                    for phase, batches in planned:
-                        self.epoch(phase, batches)
+                if resumption:
+                    resumption.in_fit(self)
+                for phase, batches in position.remaining(epochs):
+                    self.epoch(phase, batches)
                 self.stopped = None  # which a fit within this one may have set
         except CancelFit as cancel:
             self._stop(cancel.with_traceback(None))
             cancel.__context__ = None  # it would keep tensors alive
         finally:
-            self.phases = outer or self.phases
+            if within_a_fit:
+                self.phases, self.position, self._resumption = outer
+        self._fits += not within_a_fit
 
     def epoch(self, phase: Phase, batches: Batches | None = None) -> None:
         """Runs a phase over batches, the learner's own unless given."""
@@ -210,14 +234,17 @@ class Learner:
             torch.Size([1])
         """
         epoch = Epoch(phase, batches)
+        is_fits = self.position is not None and self.position.enter(epoch)
         try:
             with self._inside(phase, epoch), ending(self._due, self.callbacks, epoch.cut):
                 try:
                     self.handle(EpochBegin())
                 except CancelEpoch:
                     epoch.cancelled = epoch.skipped = True
+                if is_fits and self._resumption:
+                    self._resumption.in_epoch(self)
                 yield epoch
-                epoch.skipped = False  # at EpochEnd steps may run
+                epoch.skipped, epoch.is_over = False, True  # at EpochEnd steps may run
         except CancelEpoch:
             pass
 
@@ -368,13 +395,44 @@ class Learner:
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """All that training needs to go on exactly from here; see `state`. On every process.
+
+        Its tensors are the learner's own, and change with it.
+        """
+        return state_of(self)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` has returned; where the fit was, `fit(resume=...)` does.
+
+        Raises:
+            ValueError, RuntimeError: it does not fit; nothing has been changed then.
+        """
+        put_state(self, state)
+
     def save(self, path: str | PathLike[str]) -> None:
-        """Writes models, optimizers and what callbacks know to a folder; see `checkpoint`."""
+        """Writes what `state_dict` returns to a folder, on rank 0; see `checkpoint`.
+
+        Every process has to call it, and goes on when it is written.
+
+        Raises:
+            OSError: it cannot be written; what was there is as it was.
+            TypeError: a callback's state is more than tensors, numbers and text.
+        """
         save(self, path)
 
     def load(self, path: str | PathLike[str]) -> None:
-        """Takes over what `save` has written; for errors see `checkpoint.load`."""
-        load(self, path)
+        """Takes over what `save` has written, from the same folder on every process.
+
+        Models, optimizers, callbacks and random states; callbacks that are not in it start afresh.
+        To go on with a fit, in the middle of an epoch too, use `fit(..., resume=path)`.
+
+        Raises:
+            OSError: there is no checkpoint.
+            ValueError: it is damaged, or of other models or optimizers.
+            RuntimeError: weights do not fit. Nothing has been changed in any of these cases.
+        """
+        put_state(self, read_alike(path))
 
     def plot(self) -> Figure:
         """Draws metrics over epochs; see `plots.plot_metrics`."""
@@ -410,3 +468,5 @@ class Learner:
 
     def _stop(self, error: BaseException) -> None:
         self.stopped = error if isinstance(error, CancelFit) else None
+        assert self.position is not None
+        self.position.broken = self.stopped is None

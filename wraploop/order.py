@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 # What the learner itself has, and its phases store in `step`: to read it takes no writer.
 PROVIDED = frozenset(
     "callbacks data event in_step loss_fn model models optimizer optimizers params phase phases "
-    "running step stopped".split()
+    "position running step stopped".split()
 )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,26 +55,47 @@ def grouped(
     Raises:
         ValueError: a group shares parameters with another, or the optimizer has none of its.
     """
-    own, lists = optimizer.param_groups, [parameters_of([group]) for group in groups]
-    place = _places(optimizer, lists)
-    cut = []
-    for group in own:
+    place = _places(optimizer, [parameters_of([group]) for group in groups])
+    own = cut = optimizer.param_groups
+
+    def use_own(*_: Any) -> None:
+        optimizer.param_groups = own
+
+    def use_cut(*_: Any) -> None:
+        optimizer.param_groups = cut
+
+    def cut_anew(*_: Any) -> None:
+        nonlocal own, cut
+        own = optimizer.param_groups
+        optimizer.param_groups = cut = _cut(own, place, scales)
+
+    hooks = [  # a checkpoint has the optimizer's own groups, so that it can be loaded afterwards
+        optimizer.register_state_dict_pre_hook(use_own),
+        optimizer.register_state_dict_post_hook(use_cut),
+        optimizer.register_load_state_dict_pre_hook(use_own),
+        optimizer.register_load_state_dict_post_hook(cut_anew),
+    ]
+    cut_anew()
+    try:
+        yield
+    finally:
+        use_own()
+        for hook in hooks:
+            hook.remove()
+
+
+def _cut(
+    groups: list[dict[str, Any]], place: Mapping[Any, int], scales: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The groups, each cut into those of its parameters that have the same place."""
+    parts = []
+    for group in groups:
         for index, scale in [*enumerate(scales), (None, 1.0)]:
             inside = [p for p in group["params"] if place.get(p) == index]
             if inside:
                 scaled = {"lr": group["lr"] * scale, "lr_scale": group.get("lr_scale", 1.0) * scale}
-                cut.append({**group, **scaled, "params": inside})
-    put = [  # a checkpoint has the optimizer's own groups, so that it can be loaded afterwards
-        optimizer.register_state_dict_pre_hook(lambda it: setattr(it, "param_groups", own)),
-        optimizer.register_state_dict_post_hook(lambda it, _: setattr(it, "param_groups", cut)),
-    ]
-    optimizer.param_groups = cut
-    try:
-        yield
-    finally:
-        optimizer.param_groups = own
-        for hook in put:
-            hook.remove()
+                parts.append({**group, **scaled, "params": inside})
+    return parts
 
 
 def _places(optimizer: Optimizer, lists: Iterable[list[nn.Parameter]]) -> dict[Any, int]:

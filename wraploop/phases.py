@@ -53,6 +53,13 @@ class Phase(ABC):
     def abandon(self, learner: Learner) -> None:  # noqa: B027  most steps leave nothing behind
         """Drops what a step left behind that did not come to its end."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved for the phase to go on from here; nothing unless overridden."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Takes over what `state_dict` has returned."""
+
     def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
         """While open, the modules and the grad mode are as this phase wants them."""
         return nullcontext()

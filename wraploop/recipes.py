@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -32,6 +33,7 @@ def fit_one_cycle(
     warmup: float = 0.25,
     div: float = 25.0,
     final_div: float = 1e5,
+    resume: str | PathLike[str] | None = None,
 ) -> None:
     """Fits with the learning rate going through one cycle; see `schedules.one_cycle`.
 
@@ -47,6 +49,7 @@ def fit_one_cycle(
         warmup: the share of the steps in which the rate rises.
         div: the highest rate over the first.
         final_div: the highest rate over the last.
+        resume: as for `learner.fit`.
 
     Raises:
         ValueError: an unknown optimizer, an optimizer without weight decay, or training batches
@@ -77,7 +80,7 @@ def fit_one_cycle(
     with _callbacks_for_now(learner, schedulers), _options_kept(learner):
         if weight_decay is not None:
             _set_weight_decay(learner, weight_decay)
-        learner.fit(epochs, planned)
+        learner.fit(epochs, planned, resume=resume)
 
 
 def fine_tune(
@@ -92,6 +95,7 @@ def fine_tune(
     phases: Phases = (),
     warmup: float = 0.3,
     div: float = 5.0,
+    resume: str | PathLike[str] | None = None,
 ) -> None:
     """Trains the last group of a model's parameters, then all of them, each for one cycle.
 
@@ -110,6 +114,7 @@ def fine_tune(
         phases: as for `learner.fit`.
         warmup: the share of steps in which the rate rises, once nothing is frozen.
         div: the highest rate over the first.
+        resume: `"auto"`, as for `learner.fit`.
 
     Raises:
         ValueError: groups that overlap, or that the model's optimizer does not hold.
@@ -126,10 +131,14 @@ def fine_tune(
     with grouped(learner.optimizers[tuned], parts, scales):
         with frozen(*parts[:-1]):
             rates = {tuned: base_lr}
-            fit_one_cycle(learner, freeze_epochs, rates, phases=phases, warmup=0.99, div=div)
+            fit_one_cycle(
+                learner, freeze_epochs, rates, phases=phases, warmup=0.99, div=div, resume=resume
+            )
         if learner.stopped is None:
             rates = {tuned: base_lr / 2}
-            fit_one_cycle(learner, epochs, rates, phases=phases, warmup=warmup, div=div)
+            fit_one_cycle(
+                learner, epochs, rates, phases=phases, warmup=warmup, div=div, resume=resume
+            )
 
 
 def _trains(phase: Phase) -> bool:
@@ -180,14 +189,18 @@ def _callbacks_for_now(learner: Learner, schedulers: list[Scheduler]) -> Iterato
 @contextmanager
 def _options_kept(learner: Learner) -> Iterator[None]:
     """Afterwards learning rates and weight decays are what they were."""
-    groups = [group for each in learner.optimizers.values() for group in each.param_groups]
     names = ("lr", "weight_decay")
+    groups = _groups(learner)
     before = [{name: group[name] for name in names if name in group} for group in groups]
     try:
         yield
     finally:
-        for group, options in zip(groups, before, strict=True):
+        for group, options in zip(_groups(learner), before, strict=True):  # loading makes new ones
             group.update(options)
+
+
+def _groups(learner: Learner) -> list[dict[str, Any]]:
+    return [group for each in learner.optimizers.values() for group in each.param_groups]
 
 
 def _set_weight_decay(learner: Learner, weight_decay: float) -> None:

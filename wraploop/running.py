@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor
 
+from wraploop.draws import State, draws_of, put_draws
 from wraploop.events import CancelEpoch
+from wraploop.later import batches_after
 from wraploop.phases import Batch, Phase
 
 Batches: TypeAlias = Iterable[Batch]
@@ -65,6 +67,9 @@ class Epoch:
     Attributes:
         phase: the phase that runs.
         batches: what it runs over, `None` in a loop of one's own that did not say.
+        taken: how many batches have been taken.
+        begun: what was drawn from as iterating over the batches began; see `draws`.
+        is_over: its loop has ended, and it ends.
         cancelled: `CancelEpoch` was raised in it.
         skipped: `CancelEpoch` was raised as it began, and its body, which runs no step, is open.
         broken: an error or `CancelFit` cut it off, so that it does not count.
@@ -72,7 +77,10 @@ class Epoch:
 
     def __init__(self, phase: Phase, batches: Batches | None) -> None:
         self.phase, self.batches = phase, batches
-        self.cancelled = self.skipped = self.broken = False
+        self.taken = 0
+        self.begun: State | None = None
+        self.cancelled = self.skipped = self.broken = self.is_over = False
+        self._resumed: Iterator[Batch] | None = None
         self._begun_s = time.perf_counter()
 
     @property
@@ -85,17 +93,46 @@ class Epoch:
             return
         if self.batches is None:
             raise ValueError("This epoch was given no batches: `run_epoch(phase, batches)`.")
-        empty = True
-        for batch in self.batches:
-            empty = False
+        if self._resumed is None:
+            self.begun = draws_of(self.batches)
+        for batch in self.batches if self._resumed is None else self._resumed:
+            self.taken += 1
             yield batch
-        if empty and isinstance(self.batches, Iterator):
+        if not self.taken and isinstance(self.batches, Iterator):
             raise ValueError(
                 f"The batches of {self.phase.name} are an iterator that is used up. "
                 "Give something that starts afresh every epoch: a DataLoader, or a list."
             )
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether its batches are being gone through."""
+        return self.begun is not None and not self.is_over
+
+    def go_on(self, taken: int, draws: Mapping[str, Any], ready: Callable[[], None]) -> None:
+        """Goes on where it was after so many batches.
+
+        Args:
+            taken: how many had been taken.
+            draws: what was drawn from as iterating began, and the place that the batches gave.
+            ready: called when the batches are there.
+        """
+        self.taken, self.begun = taken, draws["begun"]
+        self._resumed = self._go_on(draws, ready)
+
+    def _go_on(self, draws: Mapping[str, Any], ready: Callable[[], None]) -> Iterator[Batch]:
+        batches: Any = self.batches
+        put_draws(draws["begun"], batches)
+        if draws["place"] is None:
+            yield from batches_after(batches, self.taken, ready)
+        else:
+            batches.load_state_dict(draws["place"])
+            iterator = iter(batches)
+            ready()
+            yield from iterator
+
     def cut(self, error: BaseException) -> None:
         """An error or a cancellation leaves the epoch before it is through."""
         self.skipped, self.cancelled = False, self.cancelled or isinstance(error, CancelEpoch)
         self.broken = not isinstance(error, CancelEpoch)
+        self.is_over = not self.broken

@@ -120,7 +120,7 @@ class EMA(AroundUpdates):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._has_begun = True
+        self._has_begun = bool(state["averages"])
         for model, averages in state["averages"].items():
             for key, average in averages.items():
                 self.averages.setdefault(model, {})[key] = average.clone()

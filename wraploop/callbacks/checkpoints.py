@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -16,10 +15,11 @@ from typing_extensions import override
 
 from wraploop import processes
 from wraploop.callback import Callback, on
+from wraploop.callbacks.leaving import EXIT_STATUS, Leaving
 from wraploop.callbacks.watched import Watched
-from wraploop.checkpoint import save
-from wraploop.events import EpochEnd, FitBegin
-from wraploop.phases import Phase
+from wraploop.checkpoint import Writer, check_replaced, copied, steps_of
+from wraploop.events import EpochEnd, FitBegin, FitEnd, StepEnd
+from wraploop.phases import AbstractTrainingPhase, Phase
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -27,67 +27,89 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint: after which epoch, what the metric was, and its folder's name."""
+    """A checkpoint: its folder's name, and after which epoch with which metric, if after one."""
 
-    epoch: int
-    value: float
     name: str
+    epoch: int | None = None
+    value: float = math.nan
 
 
 class Checkpoints(Callback):
-    """Saves the learner after epochs, `learner.load(path)` reads it; keeps the best and the latest.
+    """Saves the learner while it is fitted; keeps the best and the latest.
 
-    The folders are called `epoch_0003_loss_0.25`. Nothing is removed before the newer one is whole.
+    `learner.load(path)` reads one, `learner.fit(..., resume="auto")` goes on from the newest. They
+    are written while training goes on: it stops no longer than copying the state takes, and the
+    next one waits. Nothing is removed before a newer one is whole. On SIGTERM it saves after the
+    running step, and the program ends.
+
+    The folders are called `epoch_0003_loss_0.25`, and `step_00000120` between.
 
     Args:
         folder: where they are put; it is made.
-        metric: the metric by which the best are told.
+        metric: the metric by which the best are told; with `None` there is no best.
         phase: whose metric, and after whose epochs; unless given, validation where a fit has it,
             else training.
         mode: `"min"` if a small metric is good, `"max"` if a large one.
         keep_top_k: how many of the best are kept besides the latest; all unless given.
+        keep_latest: how many of the latest are kept: if the newest is damaged, one before it helps.
         every_epochs: after every so many-th epoch.
+        every_steps: after every so many-th training step as well.
+        leave_within_s: after SIGTERM the program ends within so many seconds, even if no step ends.
 
     Raises:
         ValueError: another mode, a negative number; as a fit begins, a phase that it does not run,
             or a metric that there is not.
-        OSError: as a fit begins, it cannot write to the folder.
+        OSError: as a fit begins, it cannot write to the folder; at the next save, or as the fit
+            ends, one could not be written.
     """
 
-    reads = ("callbacks", "history", "metrics", "model", "optimizer", "phases")
+    reads = ("callbacks", "history", "metrics", "model", "optimizer", "phases", "position", "step")
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
-        metric: str = "loss",
+        metric: str | None = "loss",
         *,
         phase: type[Phase] | None = None,
         mode: str = "min",
         keep_top_k: int | None = None,
+        keep_latest: int = 2,
         every_epochs: int = 1,
+        every_steps: int | None = None,
+        leave_within_s: float = 10.0,
     ) -> None:
-        if mode not in ("min", "max") or every_epochs < 1 or (keep_top_k or 0) < 0:
+        counts = every_epochs, keep_latest, 1 if every_steps is None else every_steps
+        if mode not in ("min", "max") or min(counts) < 1 or (keep_top_k or 0) < 0:
             raise ValueError(
-                "Expected mode 'min' or 'max', every_epochs at least 1 and keep_top_k at least 0, "
-                f"and got {mode=}, {every_epochs=}, {keep_top_k=}."
+                "Expected mode 'min' or 'max', every_epochs, every_steps and keep_latest at least "
+                f"1 and keep_top_k at least 0, and got {mode=}, {every_epochs=}, {every_steps=}, "
+                f"{keep_latest=}, {keep_top_k=}."
             )
         if Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"Checkpoints go to a folder, and {str(folder)!r} is a file.")
         self.folder, self.watched, self.mode = Path(folder), Watched(metric, phase), mode
-        self.keep_top_k, self.every_epochs = keep_top_k, every_epochs
+        self.keep_top_k, self.keep_latest = keep_top_k, keep_latest
+        self.every_epochs, self.every_steps = every_epochs, every_steps
         self.saved: list[Saved] = []
+        if metric is None:
+            self.reads = tuple(name for name in self.reads if name != "metrics")
+        self._writer, self._leaving = Writer(), Leaving(leave_within_s)
 
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint; of those in the folder if none has been saved here."""
-        saved = self.saved or self._found()
-        return self.folder / max(saved, key=lambda each: each.epoch).name if saved else None
+        self._writer.wait()
+        if self.saved:
+            return self.folder / self.saved[-1].name
+        found = self._found()
+        return self.folder / max(found, key=lambda each: each.epoch or 0).name if found else None
 
     @property
     def best(self) -> Path | None:
         """The one with the best metric; of those in the folder if none has been saved here."""
-        saved = self.saved or self._found()
-        return self.folder / min(saved, key=self._rank).name if saved else None
+        self._writer.wait()
+        ranked = self._ranked(self.saved or self._found())
+        return self.folder / ranked[0].name if ranked else None
 
     @on(FitBegin)
     def begin(self, learner: Learner) -> None:
@@ -103,6 +125,20 @@ class Checkpoints(Callback):
                 wrong = f"{self!r} cannot write to its folder: {error}"
         if wrong := processes.broadcast(wrong):
             raise OSError(wrong)
+        self._leaving.begin()
+
+    @on(StepEnd)
+    def save_step(self, learner: Learner) -> None:
+        """Saves, if it is time; and if the process has been told to end, it does."""
+        steps = steps_of(learner)
+        is_leaving = self._leaving.is_due()
+        trains = isinstance(learner.phase, AbstractTrainingPhase) and not learner.step.cancelled
+        if is_leaving or (trains and self.every_steps and steps % self.every_steps == 0):
+            self._save(learner, Saved(f"step_{steps:08}"))
+        if is_leaving:
+            self._leaving.reach()
+            processes.on_main(self._writer.wait)
+            raise SystemExit(EXIT_STATUS)
 
     @on(EpochEnd)
     def save(self, learner: Learner) -> None:
@@ -112,29 +148,52 @@ class Checkpoints(Callback):
         epoch = learner.history[learner.phase].epochs
         if epoch % self.every_epochs:
             return
+        if self.watched.metric is None:
+            self._save(learner, Saved(f"epoch_{epoch:04}", epoch))
+            return
         value = self.watched.value(learner)
         metric = self.watched.metric.replace(os.sep, "_")
-        name = f"epoch_{epoch:04}_{metric}_{value:.6g}"
-        before = [each for each in self.saved if each.name != name]
-        self.saved = [*before, Saved(epoch, value, name)]
+        self._save(learner, Saved(f"epoch_{epoch:04}_{metric}_{value:.6g}", epoch, value))
+
+    @on(FitEnd)
+    def end(self, learner: Learner) -> None:
+        """Waits until the last checkpoint is written."""
+        self._leaving.end()
+        if learner.position and learner.position.broken:
+            self._writer.wait()
+        else:
+            processes.on_main(self._writer.wait)
+
+    def _save(self, learner: Learner, new: Saved) -> None:
+        self.saved = [*(each for each in self.saved if each.name != new.name), new]
         kept = self._kept()
         removed, self.saved = [each for each in self.saved if each not in kept], kept
-        save(learner, self.folder / name)
-        if processes.is_main_process():
-            for each in removed:
-                shutil.rmtree(self.folder / each.name, ignore_errors=True)
+        state = learner.state_dict()
+        processes.on_main(lambda: self._write(state, new, removed, steps_of(learner)))
+
+    def _write(self, state: dict[str, Any], new: Saved, removed: list[Saved], steps: int) -> None:
+        path = self.folder / new.name
+        check_replaced(path)
+        paths = [self.folder / each.name for each in removed]
+        self._writer.wait()  # so that there are never two copies
+        self._writer.write(copied(state), path, steps, paths)
 
     def _found(self) -> list[Saved]:
-        """What lies in the folder, by its name."""
-        name = re.compile(rf"epoch_(\d+)_{re.escape(self.watched.metric)}_(\S+)")
+        """What lies in the folder after epochs, by its name."""
+        metric = rf"_{re.escape(self.watched.metric)}_(\S+)" if self.watched.metric else "()"
+        name = re.compile(rf"epoch_(\d+){metric}")
         there = map(name.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else [])
-        return [Saved(int(each[1]), float(each[2]), each[0]) for each in there if each]
+        return [Saved(each[0], int(each[1]), float(each[2] or "nan")) for each in there if each]
 
     def _kept(self) -> list[Saved]:
-        if self.keep_top_k is None:
-            return self.saved
-        best = sorted(self.saved, key=self._rank)[: self.keep_top_k]
-        return [each for each in self.saved if each in best or each is self.saved[-1]]
+        latest = self.saved[-self.keep_latest :]
+        best = self._ranked(self.saved)[: self.keep_top_k]
+        return [each for each in self.saved if each in best or each in latest]
+
+    def _ranked(self, saved: list[Saved]) -> list[Saved]:
+        """Those with a metric, the best first."""
+        ranked = [each for each in saved if each.epoch is not None and self.watched.metric]
+        return sorted(ranked, key=self._rank)
 
     def _rank(self, saved: Saved) -> float:
         if math.isnan(saved.value):
@@ -147,7 +206,9 @@ class Checkpoints(Callback):
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.saved = [Saved(*each) for each in state["saved"]]
+        there = processes.broadcast(os.listdir(self.folder) if self.folder.is_dir() else [])
+        saved = [Saved(*each) for each in state["saved"]]
+        self.saved = [each for each in saved if each.name in there]
         self.watched.seen = state["seen"]
 
     def __repr__(self) -> str:

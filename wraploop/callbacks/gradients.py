@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -138,17 +139,26 @@ class AccumulateGradients(AroundUpdates):
     def _give_back(self, name: str, optimizer: Optimizer) -> None:
         so_far = self._sums.pop(name)
         factor = 1 / so_far.weight if self.reduction == "mean" and so_far.weight else 1.0
-        for parameter in parameters_of(optimizer):
-            if parameter in so_far.gradients:
-                parameter.grad = so_far.gradients[parameter] * factor
+        parameters = parameters_of(optimizer)
+        for index, gradient in so_far.gradients.items():
+            parameters[index].grad = gradient.to(parameters[index].device) * factor
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {name: dict(vars(so_far)) for name, so_far in self._sums.items()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._sums = {name: _Sum(**saved) for name, saved in state.items()}
 
 
 class _Sum:
-    """The sum of gradients over some steps."""
+    """The sum of gradients over some steps, by the parameter's number in its optimizer."""
 
-    def __init__(self) -> None:
-        self.steps, self.weight = 0, 0.0
-        self.gradients: dict[Tensor, Tensor] = {}
+    def __init__(
+        self, steps: int = 0, weight: float = 0.0, gradients: Mapping[int, Tensor] | None = None
+    ) -> None:
+        self.steps, self.weight, self.gradients = steps, weight, dict(gradients or {})
 
     @torch.no_grad()
     def add(self, optimizer: Optimizer, weight: float) -> dict[Tensor, Tensor]:
@@ -156,12 +166,13 @@ class _Sum:
         taken: dict[Tensor, Tensor] = {}
         self.steps += 1
         self.weight += weight
-        for parameter in parameters_of(optimizer):
+        for index, parameter in enumerate(parameters_of(optimizer)):
             if parameter.grad is None:
                 continue
             taken[parameter] = parameter.grad
             weighted = parameter.grad * weight
-            so_far = self.gradients.get(parameter)
-            self.gradients[parameter] = weighted if so_far is None else so_far + weighted
+            so_far = self.gradients.get(index)
+            is_first = so_far is None
+            self.gradients[index] = weighted if is_first else so_far.to(weighted.device) + weighted
             parameter.grad = None
         return taken

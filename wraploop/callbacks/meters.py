@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import warnings
 from array import array
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,25 @@ class LossMeter:
 
     def begin(self) -> None:
         """Starts an epoch."""
+        self._go_on_from(0.0, 0)
+
+    def _go_on_from(self, total: float, rows: int) -> None:
+        self._total, self._rows_before = total, rows  # of the epoch's steps before `start`
         self.start, self.rows = len(self.series), array("q")
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has taken something in this epoch."""
+        return bool(self.rows or self._rows_before)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sum over the epoch's rows so far, and how many."""
+        total, rows = self._sums()
+        return {"total": total, "rows": rows}
+
+    def load_state_dict(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from what `state_dict` returned, here or in each of several processes."""
+        self._go_on_from(sum(p["total"] for p in parts), sum(p["rows"] for p in parts))
 
     def take(self, at: int, step: StepState, rows: int) -> None:
         """Takes a step's value, if the step has what it is taken of."""
@@ -48,11 +67,13 @@ class LossMeter:
 
     def result(self) -> dict[str, float]:
         """The epoch's value by name, over all processes; nothing where no step had any."""
-        values = self.series.values[self.start :]
-        pairs = zip(values, self.rows, strict=True)
-        total = processes.sum(sum(value * rows for value, rows in pairs if rows))
-        rows = processes.sum(sum(self.rows))
+        total, rows = map(processes.sum, self._sums())
         return {self.name: total / rows} if rows else {}
+
+    def _sums(self) -> tuple[float, int]:
+        pairs = zip(self.series.values[self.start :], self.rows, strict=True)
+        weighted = (value * rows for value, rows in pairs if rows)
+        return sum(weighted, start=self._total), sum(self.rows, start=self._rows_before)
 
 
 class FunctionMeter(LossMeter):
@@ -86,10 +107,11 @@ class StateMeter:
 
     def __init__(self, name: str, reads: tuple[str, ...], metric: Any) -> None:
         self.name, self.reads, self.metric = name, reads, copy.deepcopy(metric)
-        parts = self.metric.modules() if isinstance(self.metric, nn.Module) else []
+        is_module = isinstance(self.metric, nn.Module)
+        self._parts: list[Any] = [*self.metric.modules()] if is_module else []
         self._asks: list[tuple[Any, Any]] = [
             (part, part.distributed_available_fn)
-            for part in parts
+            for part in self._parts
             if hasattr(part, "distributed_available_fn")
         ]
         self.begin()
@@ -98,6 +120,36 @@ class StateMeter:
         """Starts an epoch."""
         self.metric.reset()
         self.taken, self._seen = False, ""
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has taken something in this epoch."""
+        return self.taken
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the epoch's steps so far have come to."""
+        metrics = [part for part in self._parts if hasattr(part, "metric_state")]
+        states = [
+            {"state": dict(part.metric_state), "updates": part._update_count} for part in metrics
+        ]
+        return {"taken": self.taken, "seen": self._seen, "metrics": states}
+
+    def load_state_dict(self, parts: Sequence[Mapping[str, Any]]) -> None:
+        """Goes on from what `state_dict` returned, here or in each of several processes."""
+        self.begin()
+        if len(parts) > 1:
+            warnings.warn(
+                f"The metric {self.name!r} of this epoch leaves out the steps before the "
+                "checkpoint: they were taken by another number of processes.",
+                stacklevel=2,
+            )
+        elif parts:
+            self.taken, self._seen = parts[0]["taken"], parts[0]["seen"]
+            metrics = [part for part in self._parts if hasattr(part, "metric_state")]
+            for part, saved in zip(metrics, parts[0]["metrics"], strict=True):
+                part._update_count = saved["updates"]
+                for name, value in saved["state"].items():
+                    setattr(part, name, value)
 
     def take(self, at: int, step: StepState, rows: int) -> None:
         """Takes a step's value, if the step has what the metric reads."""

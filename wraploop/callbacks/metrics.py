@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from typing_extensions import override
 
+from wraploop import processes
 from wraploop.callback import Callback, on
 from wraploop.callbacks.meters import FunctionMeter, LossMeter, StateMeter, rows_of
 from wraploop.callbacks.records import ByPhase, Series
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
 from wraploop.phases import Phase
+from wraploop.processes import random_state
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -134,6 +137,7 @@ class Metrics(Callback):
         self.metrics = [_metric(each, name) for name, each in pairs]
         _check_names(self.names)
         self._meters: dict[str, list[Meter]] = {}
+        self._saved: list[dict[str, Any]] = []  # what meters go on from, when they are made
         self._phase: Phase | None = None  # the latest, whose meters and counts are at hand
 
     def fresh(self) -> Metrics:
@@ -152,12 +156,21 @@ class Metrics(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {name: record.state_dict() for name, record in self._records.items()}
+        records = {name: record.state_dict() for name, record in self._records.items()}
+        meters = {}
+        for phase, all_ in self._meters.items():
+            if begun := {each.name: each.state_dict() for each in all_ if each.has_begun}:
+                meters[phase] = begun
+        everyones = processes.gather(meters)
+        is_one = all(pickle.dumps(each) == pickle.dumps(everyones[0]) for each in everyones)
+        return {"records": records, "meters": everyones[:1] if is_one else everyones}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._records.put({name: PhaseMetrics.of(saved) for name, saved in state.items()})
+        records = state["records"]
+        self._records.put({name: PhaseMetrics.of(saved) for name, saved in records.items()})
         self._meters, self._phase = {}, None
+        self._saved = _own_part(state["meters"])
 
     @on(EpochBegin)
     def begin(self, learner: Learner) -> None:
@@ -185,7 +198,10 @@ class Metrics(Callback):
         if learner.running.broken:
             return
         at, epochs = learner.history[learner.phase].epochs, learner.metrics[learner.phase].epochs
-        results = [meter.result() for meter in self._of_phase(learner)]
+        meters = self._of_phase(learner)
+        results = [meter.result() for meter in meters]
+        for meter in meters:
+            meter.begin()
         _check_names([name for result in results for name in result])
         for result in results:
             for name, value in result.items():
@@ -197,8 +213,19 @@ class Metrics(Callback):
             metrics = [each for each in self.metrics if isinstance(phase, each.phase)]
             _check_names([*phase.losses, *(each.name for each in metrics)])
             losses = [LossMeter(name, steps) for name in phase.losses]
-            self._meters[phase.name] = [*losses, *(_meter(each, steps) for each in metrics)]
+            meters = self._meters[phase.name] = [*losses, *(_meter(m, steps) for m in metrics)]
+            saved = [part.get(phase.name, {}) for part in self._saved]
+            for each in meters:
+                each.load_state_dict([part[each.name] for part in saved if each.name in part])
         return self._meters[phase.name]
+
+
+def _own_part(parts: list[Any]) -> list[Any]:
+    """Of what one process has taken, or each of several, what this one goes on from."""
+    each_has_all = processes.have_same(random_state.get())
+    if len(parts) == processes.world_size() and not each_has_all:
+        return [parts[processes.rank()]]
+    return parts if each_has_all or processes.rank() == 0 else []
 
 
 def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:

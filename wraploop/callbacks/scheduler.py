@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class Scheduler(Callback):
         if unknown:
             kind = type(optimizer).__name__
             raise ValueError(f"{kind} has no hyperparameters {unknown}; there are {there}.")
-        _begin_records(learner)
+        self._records = _Records(learner, self.writes)
 
     @override
     def handlers(self) -> list[Handler]:
@@ -100,15 +101,16 @@ class Scheduler(Callback):
             return
         self.count += 1
         for name in self._values:  # none if it joined since the beginning
-            _record(learner, _name(self.optimizer, name), self._values[name])
+            self._records.add(_name(self.optimizer, name), self._values[name])
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count}
+        return {"count": self.count, "records": self._records.state_dict()}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.count = state["count"]
+        self._records.load_state_dict(state["records"])
 
     def __repr__(self) -> str:
         name = f"{self.optimizer!r}, " if self.optimizer else ""
@@ -157,6 +159,7 @@ class TorchScheduler(Callback):
         self.reads = ("optimizer", "step.accumulated", *(("history", "metrics") if metric else ()))
         self.writes = (f"hyperparameters.{_name(optimizer, 'lr')}",)
         self.scheduler: Any = None
+        self._is_loaded = False
 
     @override
     def attach(self, learner: Learner) -> None:
@@ -178,7 +181,7 @@ class TorchScheduler(Callback):
                 "A `metric` is for ReduceLROnPlateau, which needs one, and no other; got "
                 f"{type(self.scheduler).__name__} with {self.watched and self.watched.metric!r}."
             )
-        _begin_records(learner)
+        self._records = _Records(learner, self.writes)
 
     @override
     def handlers(self) -> list[Handler]:
@@ -195,16 +198,23 @@ class TorchScheduler(Callback):
                 "would stay as it is. Replace the callback too, learner.callbacks.replace(...)."
             )
         rate = self.scheduler.optimizer.param_groups[0]["lr"]
-        _record(learner, _name(self.optimizer, "lr"), rate)
-        self.scheduler.step(*([self.watched.value(learner)] if self.watched else []))
+        self._records.add(_name(self.optimizer, "lr"), rate)
+        with warnings.catch_warnings():
+            if self._is_loaded:  # the update before this was made in another process
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            self.scheduler.step(*([self.watched.value(learner)] if self.watched else []))
+        self._is_loaded = False
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.scheduler.state_dict()
+        records = self._records.state_dict()
+        return {"scheduler": self.scheduler.state_dict(), "records": records}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.scheduler.load_state_dict(state)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self._is_loaded = True
+        self._records.load_state_dict(state["records"])
 
     def __repr__(self) -> str:
         made: Any = getattr(self.make, "func", self.make)
@@ -227,14 +237,24 @@ def _name(optimizer: str, hyperparameter: str) -> str:
     return hyperparameter if optimizer in ("", "optimizer") else f"{optimizer}.{hyperparameter}"
 
 
-def _begin_records(learner: Learner) -> None:
-    if "hyperparameters" not in vars(learner):
-        learner.hyperparameters = {}
+class _Records:
+    """Of all hyperparameters' records, those of one scheduler."""
 
+    def __init__(self, learner: Learner, writes: tuple[str, ...]) -> None:
+        if "hyperparameters" not in vars(learner):
+            learner.hyperparameters = {}
+        self._all: dict[str, Series] = learner.hyperparameters
+        self._names = [path.removeprefix("hyperparameters.") for path in writes]
 
-def _record(learner: Learner, name: str, value: Any) -> None:
-    if isinstance(value, (float, int, Tensor)):
-        if name not in learner.hyperparameters:
-            learner.hyperparameters[name] = Series()
-        series = learner.hyperparameters[name]
-        series.append(len(series) + 1, value)
+    def add(self, name: str, value: Any) -> None:
+        if isinstance(value, (float, int, Tensor)):
+            series = self._all.setdefault(name, Series())
+            series.append(len(series) + 1, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: self._all[name].state_dict() for name in self._names if name in self._all}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self._names:
+            self._all.pop(name, None)
+        self._all.update({name: Series.of(**saved) for name, saved in state.items()})

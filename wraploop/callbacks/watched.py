@@ -16,11 +16,11 @@ class Watched:
     An evaluation, an epoch of validation by itself, so is not taken for news.
 
     Args:
-        metric: its name.
+        metric: its name; with `None`, there is none, only the epochs.
         phase: the phase; unless given, validation where a fit has it, else training.
     """
 
-    def __init__(self, metric: str, phase: type[Phase] | None) -> None:
+    def __init__(self, metric: str | None, phase: type[Phase] | None) -> None:
         self.metric, self.phase = metric, phase
         self.seen = 0  # training steps when it was last due
 
@@ -30,15 +30,16 @@ class Watched:
         Raises:
             ValueError: it does not.
         """
-        for phase in learner.phases:
+        for phase in learner.phases if self.metric is not None else ():
             names = learner.metrics.names(phase)
             if isinstance(phase, self._kind(learner)) and names and self.metric not in names:
                 raise ValueError(
                     f"{phase.name} has no metric {self.metric!r}; it has {', '.join(names)}."
                 )
         if not any(isinstance(phase, self._kind(learner)) for phase in learner.phases):
+            what = "The end" if self.metric is None else repr(self.metric)
             raise ValueError(
-                f"{self.metric!r} of {self._kind(learner).__name__} is watched, and this fit runs "
+                f"{what} of {self._kind(learner).__name__} is watched, and this fit runs "
                 f"{', '.join(phase.name for phase in learner.phases)}. Name another phase."
             )
 
@@ -55,6 +56,7 @@ class Watched:
         Raises:
             ValueError: it has not been taken; names those that have.
         """
+        assert self.metric is not None
         epoch = learner.history[learner.phase].epochs
         values = learner.metrics[learner.phase].at_epoch(epoch)
         if self.metric not in values:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,6 +52,13 @@ class Penalty(ABC):
     def __call__(self, half: Any) -> Tensor:
         """The weighted term, 0-dim."""
         return self.weight * self.every_steps * self.term(half)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to be saved for training to go on from here; nothing unless overridden."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        """Takes over what `state_dict` has returned."""
 
     @abstractmethod
     def term(self, half: Any) -> Tensor:
@@ -123,6 +131,14 @@ class PathLength(GeneratorPenalty):
         mean = lengths.mean().item()
         self.mean_length = self.decay * self.mean_length + (1 - self.decay) * mean
         return (lengths - self.mean_length).square().mean()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_length": self.mean_length}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.mean_length = state["mean_length"]
 
 
 def _gradients(outputs: Tensor, inputs: Tensor) -> Tensor:

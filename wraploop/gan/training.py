@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -132,6 +132,19 @@ class GANTraining(AbstractTrainingPhase):
         """Drops the gradients, which the next step would add to."""
         for optimizer in learner.optimizers.values():
             optimizer.zero_grad()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many updates there were, from which it follows what the next step does."""
+        penalties = [penalty.state_dict() for penalty in self.penalties]
+        updates = {"critic": self.critic_updates, "generator": self.generator_updates}
+        return {"updates": updates, "penalties": penalties}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Takes over what `state_dict` has returned."""
+        updates = state["updates"]
+        self.critic_updates, self.generator_updates = updates["critic"], updates["generator"]
+        for penalty, saved in zip(self.penalties, state["penalties"], strict=True):
+            penalty.load_state_dict(saved)
 
     def _update(self, learner: Learner, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         learner.handle(BackwardBegin())

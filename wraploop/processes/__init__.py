@@ -11,6 +11,7 @@ import builtins
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from types import TracebackType
 from typing import Any
@@ -116,6 +117,33 @@ def sum(value: float | Tensor) -> float:
 def mean(value: float | Tensor, weight: float = 1.0) -> float:
     """The mean of `value` over all processes, each weighted by `weight`."""
     return sum(float(value) * weight) / sum(weight)
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's `value` (anything that pickles), in the order of ranks, on all of them."""
+    if world_size() == 1:
+        return [value]
+    return [_unpacked(said) for said in Channel().exchange("gather values", _packed(value))]
+
+
+def on_main(function: Callable[[], Any]) -> Any:
+    """What the function returns on rank 0, which alone calls it, on every process.
+
+    Raises:
+        PeerError: it has raised an error, which on rank 0 is that error itself.
+    """
+    result = error = None
+    if rank() == 0 or world_size() == 1:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    result, message = broadcast((result, error and f"{type(error).__name__}: {error}"))
+    if error:
+        raise error
+    if message:
+        raise PeerError(f"Rank 0 failed, so rank {rank()} cannot go on: {message}")
+    return result
 
 
 def broadcast(value: Any) -> Any:

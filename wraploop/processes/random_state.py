@@ -14,9 +14,8 @@ State = tuple[Any, ...]
 
 
 def get() -> State:
-    """The state, that of the CPU alone of torch's."""
-    numpy = sys.modules.get("numpy")
-    return torch.get_rng_state(), random.getstate(), numpy and numpy.random.get_state()
+    """The state, that of the CPU alone of torch's; made of tensors, numbers and names."""
+    return torch.get_rng_state(), random.getstate(), _numpys()
 
 
 def put(state: State) -> None:
@@ -39,6 +38,14 @@ def seed(number: int) -> None:
 def same(a: State, b: State) -> bool:
     """Whether two states are equal."""
     return torch.equal(a[0], b[0]) and a[1] == b[1] and str(a[2]) == str(b[2])
+
+
+def _numpys() -> tuple[Any, ...] | None:
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    name, keys, *rest = numpy.random.get_state()
+    return name, keys.tolist(), *rest
 
 
 @contextmanager

@@ -1,0 +1,357 @@
+"""A fit that is stopped after any step, and goes on, ends with the bits it would have had."""
+
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+
+from tests.loop import ADAM, GAN, assert_same, batches, gan_learner, learner, weights
+from wraploop import shard
+from wraploop.callback import Callback, on
+from wraploop.callbacks.average import EMA
+from wraploop.callbacks.checkpoints import Checkpoints
+from wraploop.callbacks.early_stopping import EarlyStopping
+from wraploop.callbacks.gradients import AccumulateGradients, ClipGradients
+from wraploop.callbacks.history import History
+from wraploop.callbacks.metrics import Metrics
+from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
+from wraploop.checkpoint import newest
+from wraploop.events import StepEnd
+from wraploop.gan import GANTraining, NonSaturating
+from wraploop.gan.penalties import R1, PathLength
+from wraploop.phases import AbstractTrainingPhase, TrainingPhase, ValidationPhase
+from wraploop.recipes import fine_tune, fit_one_cycle
+
+SAMPLES = TensorDataset(*(torch.cat(parts) for parts in zip(*batches(4, 5), strict=True)))
+
+
+class Killed(Exception):
+    pass
+
+
+class KillAfter(Callback):
+    """Raises after so many steps of this process, of whatever phase, when they are saved."""
+
+    reads = ("callbacks",)
+
+    def __init__(self, steps):
+        self.steps = steps
+
+    @on(StepEnd)
+    def count(self, learner):
+        self.steps -= 1
+        if self.steps == 0:
+            raise Killed
+
+
+class Drawing(Dataset):
+    """Draws noise, from every generator there is, for each sample that is read."""
+
+    def __len__(self):
+        return 18
+
+    def __getitem__(self, index):
+        noise = torch.rand(3, dtype=torch.float64) * random.random() * np.random.rand()
+        return SAMPLES[index][0] + noise, SAMPLES[index][1]
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        for index in range(18):
+            inputs, targets = SAMPLES[index]
+            yield inputs + torch.rand(3, dtype=torch.float64), targets
+
+
+class OwnSampler:
+    """Keeps a random state of its own, from epoch to epoch."""
+
+    def __init__(self):
+        self.random = random.Random(3)
+        self.numpy = np.random.default_rng(4)
+
+    def __iter__(self):
+        order = self.random.sample(range(18), 18)
+        return iter(order[self.numpy.integers(3) :])
+
+    def __len__(self):
+        return 18
+
+
+class Stateful:
+    """Says itself where it is, as torchdata's loaders do."""
+
+    def __init__(self):
+        self.at, self.epoch = 0, 0
+
+    def __iter__(self):
+        data = batches(4, 5, seed=self.epoch)
+        while self.at < len(data):
+            self.at += 1
+            yield data[self.at - 1]
+        self.at, self.epoch = 0, self.epoch + 1
+
+    def state_dict(self):
+        return {"at": self.at, "epoch": self.epoch}
+
+    def load_state_dict(self, state):
+        self.at, self.epoch = state["at"], state["epoch"]
+
+
+class Lazy:
+    """Draws each batch when it is asked for it."""
+
+    def __iter__(self):
+        for _ in range(4):
+            yield torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 1, dtype=torch.float64)
+
+
+def with_generator(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(SAMPLES, 4, shuffle=True, generator=generator)
+
+
+def with_sampler():
+    sampler = RandomSampler(SAMPLES, replacement=True, num_samples=18)
+    return DataLoader(Drawing(), 4, sampler=sampler, drop_last=True)
+
+
+LOADERS = {
+    "a list": lambda: batches(4, 5),
+    "shuffled": lambda: DataLoader(SAMPLES, 4, shuffle=True),
+    "with a generator": with_generator,
+    "drawing samples": lambda: DataLoader(Drawing(), 4, shuffle=True),
+    "workers": lambda: DataLoader(Drawing(), 4, shuffle=True, num_workers=1),
+    "with replacement": with_sampler,
+    "a stream": lambda: DataLoader(Stream(), 4),
+    "own sampler": lambda: DataLoader(SAMPLES, 4, sampler=OwnSampler()),  # type: ignore[arg-type]
+    "shard": lambda: shard(DataLoader(Drawing(), 4, shuffle=True)),
+    "stateful": Stateful,
+    "lazy": Lazy,
+    "single samples": lambda: DataLoader(SAMPLES, None, shuffle=True),
+}
+
+
+def noisy():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1)
+    ).double()
+
+
+def make(folder, *callbacks, loader, kill_after=0, every_steps=1):
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    data = loader()
+    return learner(
+        History(),
+        Metrics(),
+        EMA(0.9),
+        EarlyStopping(3),
+        ClipGradients(0.5),
+        Scheduler(weight_decay=lambda step: step / 100),
+        TorchScheduler(partial(torch.optim.lr_scheduler.StepLR, step_size=2)),
+        Checkpoints(folder, every_steps=every_steps, keep_top_k=1),
+        *callbacks,
+        *([KillAfter(kill_after)] if kill_after else []),
+        model=noisy() if loader is not LOADERS["single samples"] else None,
+        data=(data, loader()),
+        optimizer=ADAM,
+    )
+
+
+def states(one):
+    """All that is to be equal at the end."""
+    state = one.state_dict()
+    state["callbacks"].pop("KillAfter", None)
+    state["callbacks"]["Checkpoints"] = None  # those of a killed step are not in both
+    return state
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_fit_goes_on_from_any_step(tmp_path, kind):
+    loader = LOADERS[kind]
+    through = make(tmp_path / "through", loader=loader)
+    through.fit(2)
+    expected = states(through)
+    for kill_after in range(1, 17) if kind == "shuffled" else (1, 4, 7, 13):
+        folder = tmp_path / str(kill_after)
+        with pytest.raises(Killed):
+            make(folder, loader=loader, kill_after=kill_after).fit(2)
+        resumed = make(folder, loader=loader)
+        torch.manual_seed(99)
+        random.seed(99)
+        resumed.fit(2, resume="auto")
+        assert_same(states(resumed), expected)
+
+
+def test_it_may_be_killed_over_and_over(tmp_path):
+    loader = LOADERS["drawing samples"]
+    through = make(tmp_path / "through", loader=loader)
+    through.fit(3)
+    for kill_after in (3, 1, 4, 2, 5, 6, 7, 8, 9, 0):
+        one = make(tmp_path / "killed", loader=loader, kill_after=kill_after, every_steps=2)
+        try:
+            one.fit(3, resume="auto")
+            break
+        except Killed:
+            pass
+    assert_same(states(one), states(through))
+
+
+def test_accumulated_gradients_are_gone_on_with(tmp_path):
+    def run(folder, kill_after=0):
+        one = make(
+            tmp_path / folder,
+            AccumulateGradients(3),
+            loader=LOADERS["shuffled"],
+            kill_after=kill_after,
+        )
+        one.fit(2, [TrainingPhase(), ValidationPhase()], resume="auto")
+        return one
+
+    expected = states(run("through"))
+    for kill_after in range(1, 10):
+        with pytest.raises(Killed):
+            run(str(kill_after), kill_after)
+        assert_same(states(run(str(kill_after))), expected)
+
+
+def test_gradients_that_a_phase_adds_up_are_gone_on_with(tmp_path):
+    class EveryThird(AbstractTrainingPhase):
+        def step(self, learner, batch):
+            learner.step.loss = learner.loss_fn(learner.model(batch[0]), batch[1])
+            learner.step.loss.backward()
+            if learner.history[self].steps % 3 == 2:
+                learner.optimizer.step()
+                learner.optimizer.zero_grad()
+
+    def run(folder, *callbacks):
+        one = learner(History(), Checkpoints(tmp_path / folder, None, every_steps=1), *callbacks)
+        one.fit(2, [EveryThird()], resume="auto")
+        return weights(one.model)
+
+    expected = run("through")
+    with pytest.raises(Killed):
+        run("killed", KillAfter(4))
+    assert_same(run("killed"), expected)
+
+
+def test_a_gan_with_lazy_penalties_goes_on(tmp_path):
+    def run(folder, *callbacks):
+        phase = GANTraining(
+            2,
+            loss=NonSaturating(),
+            critic_steps=2,
+            penalties=[R1(every_steps=3), PathLength(every_steps=2)],
+        )
+        torch.manual_seed(0)
+        save = Checkpoints(tmp_path / folder, None, every_steps=1)
+        one = gan_learner(History(), Metrics(), save, *callbacks)
+        one.fit(3, [phase], resume="auto")
+        return one.state_dict()["models"], one.position.state_dict(), states(one)["optimizers"]
+
+    expected = run("through")
+    for kill_after in range(1, 12):
+        with pytest.raises(Killed):
+            run(str(kill_after), KillAfter(kill_after))
+        assert_same(run(str(kill_after)), expected)
+
+
+@pytest.mark.parametrize("recipe", ["one cycle", "fine-tune"])
+def test_recipes_go_on(tmp_path, recipe):
+    def run(folder, *callbacks):
+        torch.manual_seed(0)
+        loader = DataLoader(SAMPLES, 4, shuffle=True)
+        save = Checkpoints(tmp_path / folder, every_steps=1)
+        one = learner(History(), Metrics(), save, *callbacks, data=(loader, loader))
+        if recipe == "one cycle":
+            fit_one_cycle(one, 3, max_lr=0.1, resume="auto")
+        else:
+            fine_tune(one, 2, 0.1, resume="auto")
+        return one.state_dict()["models"], one.state_dict()["optimizers"]
+
+    expected = run("through")
+    for kill_after in (2, 7, 12, 16, 21, 27):
+        with pytest.raises(Killed):
+            run(str(kill_after), KillAfter(kill_after))
+        assert_same(run(str(kill_after)), expected)
+
+
+def test_fits_that_are_over_are_passed_over(tmp_path):
+    ran = []
+
+    def run(folder, *callbacks):
+        one = make(tmp_path / folder, *callbacks, loader=LOADERS["shuffled"])
+        one.on(StepEnd)(lambda learner: ran.append(learner.phase.name))
+        one.fit(1, resume="auto")
+        one.fit(2, [TrainingPhase()], resume="auto")
+        one.fit(1, [ValidationPhase(), TrainingPhase()], resume="auto")
+        return states(one)
+
+    expected = run("through")
+    for kill_after in (3, 12, 18, 24, 27):
+        with pytest.raises(Killed):
+            run(str(kill_after), KillAfter(kill_after))
+        ran.clear()
+        assert_same(run(str(kill_after)), expected)
+        assert len(ran) == 30 - {24: 20}.get(kill_after, kill_after)  # the last training step
+
+
+def test_a_fit_that_an_error_ended_may_go_on_in_the_same_program(tmp_path):
+    through = make(tmp_path / "through", loader=LOADERS["shuffled"])
+    through.fit(2)
+    one = make(tmp_path / "killed", loader=LOADERS["shuffled"], kill_after=7)
+    with pytest.raises(Killed):
+        one.fit(2, resume="auto")
+    one.fit(2, resume="auto")
+    assert_same(states(one), states(through))
+
+
+def test_more_epochs_may_follow(tmp_path):
+    long = make(tmp_path / "long", loader=LOADERS["shuffled"])
+    long.fit(4)
+    short = make(tmp_path / "short", loader=LOADERS["shuffled"])
+    short.fit(2)
+    short.save(tmp_path / "here")
+    longer = make(tmp_path / "longer", loader=LOADERS["shuffled"])
+    longer.fit(4, resume=tmp_path / "here")
+    assert_same(states(longer), states(long))
+    again = make(tmp_path / "long", loader=LOADERS["shuffled"])
+    again.fit(4, resume="auto")  # nothing is left to do
+    assert_same(states(again), states(long))
+
+
+def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path):
+    through = make(tmp_path / "through", loader=LOADERS["shuffled"])
+    through.fit(2)
+    with pytest.raises(Killed):
+        make(tmp_path / "killed", loader=LOADERS["shuffled"], kill_after=8).fit(2)
+    latest: Any = newest(tmp_path / "killed")
+    weights_file = latest / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"x")
+    resumed = make(tmp_path / "killed", loader=LOADERS["shuffled"])
+    with pytest.warns(UserWarning, match=f"{latest.name} is not whole: model.safetensors"):
+        resumed.fit(2, resume="auto")
+    assert_same(states(resumed), states(through))
+
+
+def test_what_cannot_go_on_is_an_error(tmp_path):
+    one = make(tmp_path, loader=LOADERS["shuffled"])
+    one.fit(1)
+    with pytest.raises(ValueError, match="in a fit of TrainingPhase, ValidationPhase, and this on"):
+        one.fit(2, [TrainingPhase()], resume=newest(tmp_path))
+    with pytest.raises(ValueError, match="Add Checkpoints"):
+        gan_learner(History()).fit(1, [GAN], resume="auto")
+    with pytest.raises(FileNotFoundError, match="There is no checkpoint"):
+        one.fit(2, resume=tmp_path / "nowhere")
+    with pytest.raises(Killed):
+        make(tmp_path / "fewer", loader=LOADERS["shuffled"], kill_after=3).fit(1)
+    fewer = make(tmp_path / "fewer", loader=lambda: DataLoader(SAMPLES, 12, shuffle=True))
+    with pytest.raises(ValueError, match="after 3 batches of an epoch, and now there are only 2"):
+        fewer.fit(1, resume="auto")

@@ -1,0 +1,91 @@
+"""SIGTERM: whether this process, or another, has been told to end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from typing import Any
+
+from wraploop import processes
+
+EXIT_STATUS = 128 + signal.SIGTERM
+_ASK_EVERY_S = 1.0
+_MOST_STEPS = 1000
+
+
+class Leaving:
+    """Waits for SIGTERM, which whoever ends a job sends, to one process or to all.
+
+    Processes agree between steps, about once a second, so that all leave after the same step.
+    A thread waits, as the main one may be in a call that takes long.
+
+    Args:
+        within_s: how long after the signal this process ends all the same, if no step ends.
+    """
+
+    def __init__(self, within_s: float) -> None:
+        self.within_s = within_s
+        self._is_on = self._is_told = False
+        self._put_back: list[Any] = []
+
+    def begin(self) -> None:
+        """Waits from now on, unless the signal is somebody else's, or this not the main thread."""
+        self._is_on, self._is_told = True, False
+        self._steps, self._ask_at, self._asked_s = 0, 1, time.monotonic()
+        self._in_time = threading.Event()
+        is_main = threading.current_thread() is threading.main_thread()
+        if is_main and not self._put_back and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, lambda *_: self._tell())
+            ours, theirs = socket.socketpair()
+            theirs.setblocking(False)
+            before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+            self._put_back = [before, theirs]
+            threading.Thread(
+                target=self._wait, args=(ours, self._in_time), name="wraploop-leaving", daemon=True
+            ).start()
+
+    def end(self) -> None:
+        """Waits no longer."""
+        self._is_on = False
+        if self._put_back:
+            self._in_time.set()
+            before, theirs = self._put_back
+            self._put_back = []
+            signal.set_wakeup_fd(before)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            theirs.close()  # which ends the thread, and that closes `ours`
+
+    def is_due(self) -> bool:
+        """Whether to leave now, after a step; alike in all processes."""
+        if not self._is_on:
+            return False
+        if processes.world_size() == 1:
+            return self._is_told
+        self._steps += 1
+        if self._steps < self._ask_at:
+            return False
+        now_s = time.monotonic()
+        said = processes.gather((self._is_told, now_s - self._asked_s))
+        slowest_s = max(took_s for _, took_s in said)
+        a_second = round(self._steps / max(slowest_s, 1e-6) * _ASK_EVERY_S)
+        self._ask_at, self._steps = min(max(a_second, 1), _MOST_STEPS), 0
+        self._asked_s = now_s
+        return any(told for told, _ in said)
+
+    def reach(self) -> None:
+        """A step has ended in time: what remains to be done may take as long as it takes."""
+        self._in_time.set()
+
+    def _tell(self) -> None:
+        self._is_told = True
+
+    def _wait(self, ours: socket.socket, in_time: threading.Event) -> None:
+        with ours:
+            while received := ours.recv(1):
+                if received[0] == signal.SIGTERM:
+                    self._tell()
+                    if not in_time.wait(self.within_s):
+                        os._exit(EXIT_STATUS)

@@ -1,0 +1,158 @@
+"""What a learner is at one moment: all that training needs to go on exactly from there.
+
+models       by name, under the plain model's keys
+gradients    by model, those that are there: a phase may add them up over steps
+optimizers   by name, with their kind
+callbacks    by class, what their `state_dict` returns
+position     where the fit is, if there was one, and its phases' states
+processes    a list, by rank: the random state, and that of the data
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from wraploop import processes
+from wraploop.callback import Callback
+from wraploop.draws import draws_of, put_draws
+from wraploop.processes import random_state
+
+if TYPE_CHECKING:
+    from wraploop.learner import Learner
+
+State = dict[str, Any]
+
+
+def state_of(learner: Learner) -> State:
+    """The state of a learner; every process has to ask for it. Tensors in it are the learner's."""
+    position = learner.position
+    return {
+        "models": {name: _plain_keys(each.state_dict()) for name, each in learner.models.items()},
+        "gradients": {name: _gradients(each) for name, each in learner.models.items()},
+        "optimizers": {
+            name: {"kind": type(each).__name__, "state": each.state_dict()}
+            for name, each in learner.optimizers.items()
+        },
+        "callbacks": {name: each.state_dict() for name, each in _callbacks(learner).items()},
+        "position": position and position.state_dict(),
+        "processes": processes.gather(position.draws() if position else {"now": draws_of()}),
+    }
+
+
+def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
+    """Takes over what `state_of` has returned, except where the fit is; on every process.
+
+    Callbacks that are not in it start afresh.
+
+    Raises:
+        ValueError: other models or optimizers; nothing has been changed then.
+        RuntimeError: weights do not fit; nothing has been changed then.
+    """
+    _check_models(learner, state["models"])
+    _check_optimizers(learner, state["optimizers"])
+    for name, model in learner.models.items():
+        keys = {_plain_key(key): key for key in model.state_dict()}
+        model.load_state_dict({keys[key]: each for key, each in state["models"][name].items()})
+        _put_gradients(model, state["gradients"][name])
+    for name, optimizer in learner.optimizers.items():
+        optimizer.load_state_dict(state["optimizers"][name]["state"])
+    for name, callback in _callbacks(learner).items():
+        if name in state["callbacks"]:
+            callback.load_state_dict(state["callbacks"][name])
+        else:
+            callback.attach(learner)
+    draws, are_alike = own_draws(state), processes.have_same(random_state.get())
+    put_draws(draws["now"])
+    part_if_new(state, are_alike)
+
+
+def own_draws(state: Mapping[str, Any]) -> State:
+    """What this process drew from; rank 0's where there was no such process."""
+    saved, rank = state["processes"], processes.rank()
+    return saved[rank] if rank < len(saved) else saved[0]
+
+
+def part_if_new(state: Mapping[str, Any], are_alike: bool) -> None:
+    """Has as many processes as there are draw alike or not, where there were not as many.
+
+    Args:
+        state: the state.
+        are_alike: whether the processes drew the same numbers before it was put.
+    """
+    if len(state["processes"]) == processes.world_size():
+        return
+    if are_alike:
+        processes.align_random_state()
+    else:
+        processes.part_random_states()
+
+
+def _plain_key(key: str) -> str:
+    """The key without what `torch.compile` puts into it."""
+    return key.replace("_orig_mod.", "")
+
+
+def _plain_keys(named: Mapping[str, Any]) -> State:
+    return {_plain_key(key): value for key, value in named.items()}
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    named = _plain_keys(dict(model.named_parameters()))
+    return {key: each.grad for key, each in named.items() if each.grad is not None}
+
+
+def _put_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
+    for key, parameter in _plain_keys(dict(model.named_parameters())).items():
+        saved = gradients.get(key)
+        parameter.grad = None if saved is None else saved.to(parameter.device)
+
+
+def _check_models(learner: Learner, saved: Mapping[str, Any]) -> None:
+    if saved.keys() != learner.models.keys():
+        raise ValueError(
+            f"The checkpoint is of models {', '.join(saved)}, and the learner's are "
+            f"{', '.join(learner.models)}."
+        )
+    for name, model in learner.models.items():
+        wrong = _differences(_plain_keys(model.state_dict()), saved[name])
+        if wrong:
+            raise RuntimeError(f"The checkpoint of {name} does not fit: {'; '.join(wrong)}.")
+
+
+def _differences(mine: State, theirs: Mapping[str, Any]) -> list[str]:
+    wrong = [f"it has no {key}" for key in mine if key not in theirs]
+    wrong += [f"the model has no {key}" for key in theirs if key not in mine]
+    for key in (key for key in mine if key in theirs):
+        shapes = [tuple(getattr(each[key], "shape", ())) for each in (theirs, mine)]
+        if shapes[0] != shapes[1]:
+            wrong.append(f"size mismatch for {key}: {shapes[0]}, and the model has {shapes[1]}")
+    return wrong
+
+
+def _check_optimizers(learner: Learner, saved: Mapping[str, Any]) -> None:
+    mine = {
+        name: _shape(type(o).__name__, o.state_dict()) for name, o in learner.optimizers.items()
+    }
+    theirs = {name: _shape(each["kind"], each["state"]) for name, each in saved.items()}
+    if mine != theirs:
+        raise ValueError(f"The checkpoint is of optimizers {theirs}, and the learner's are {mine}.")
+
+
+def _shape(kind: str, state: Mapping[str, Any]) -> str:
+    groups = [str(len(group["params"])) for group in state["param_groups"]]
+    return f"{kind} of {' + '.join(groups)} parameters"
+
+
+def _callbacks(learner: Learner) -> dict[str, Callback]:
+    """The callbacks by class, and numbered where there are several of one."""
+    found: dict[str, Callback] = {}
+    counts: Counter[str] = Counter()
+    for callback in learner.callbacks.listed:
+        kind = type(callback.unwrapped).__name__
+        counts[kind] += 1
+        found[f"{kind}-{counts[kind]}" if counts[kind] > 1 else kind] = callback
+    return found
