@@ -4,10 +4,10 @@ Each wrapper trains in a process of its own, or two under torchrun. Resident mem
 100 steps, and a line is fitted through the last two fifths of the readings. Its noise is twice the
 standard error of the mean change from reading to reading, since memory moves in jumps.
 
-Fails where growth with its noise is above 200 bytes a step. The smallest thing that a step can leak
-of a graph is a tensor of one number, and the last row trains with a callback that keeps one a step:
-where its growth less its noise is not above that bound, this could not have seen a leak, and fails
-too. A learner's record of two losses takes 32 bytes a step, and is in every row.
+Fails where growth with its noise is above 300 bytes a step. The smallest thing of a graph that a
+step can leak is a tensor of one number, some 550 bytes. The last row keeps one a step: where its
+growth less its noise is not above that bound, a leak could not have been seen, and this fails too.
+A learner's record of two losses takes 32 bytes a step, and is in every row.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from wraploop.gan import R1, GANTraining, GradientPenalty, Wasserstein
 
 EVERY_STEPS = 100
 PARTS = 5  # of the steps; the line goes through the last two
-BOUND_BYTES = 200  # a step
+BOUND_BYTES = 300  # a step
 KIB, MIB = 1024, 1024**2
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 CONTROL = "keeps-a-tensor"
