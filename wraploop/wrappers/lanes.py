@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Meeting:
-    """Where the lanes of one pass meet to sum: everybody brings a tensor and takes the total."""
+    """Where the lanes of a pass meet to sum: everybody brings a tensor and takes the total."""
 
     def __init__(self, lanes: int, parent: Shard | None) -> None:
         self._parent = parent
@@ -40,6 +40,12 @@ class Meeting:
         self._round = 0
         self._ended = False
         self._changed = threading.Condition()
+
+    def begin(self) -> None:
+        """Makes it ready for another pass, before any lane runs."""
+        self._brought = [None] * len(self._brought)
+        self._missing = len(self._brought)
+        self._ended = False
 
     def total(self, lane: int, tensor: Tensor) -> Tensor:
         """The sum of what all lanes bring, in the order of the lanes."""
@@ -76,17 +82,20 @@ class Meeting:
 
 
 class Lane(Shard):
-    """One lane of a `LaneGroup`, as the module running in it sees it."""
+    """One lane of a `LaneGroup`, as the module running in it sees it.
 
-    def __init__(self, group: LaneGroup, index: int, rows: int, loss_weight: float) -> None:
-        self.group = group
+    It holds no group, which holds it: every call would leave a cycle, and sums, to the collector.
+    """
+
+    def __init__(self, meeting: Meeting, index: int, rows: int, loss_weight: float) -> None:
+        self.meeting = meeting
         self.index = index
         self.rows = rows
         self.loss_weight = loss_weight
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all shards' `tensor`."""
-        return self.group.meeting.total(self.index, tensor)
+        return self.meeting.total(self.index, tensor)
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,8 @@ class LaneGroup:
         owned = self._parent is None or self._parent.rows > 0
         weight = self._parent.loss_weight if self._parent else 1.0
         rows_of_lanes = [size if owned else 0 for size in self.sizes]
-        self._lanes = [Lane(self, i, rows, weight) for i, rows in enumerate(rows_of_lanes)]
-        self.meeting = Meeting(len(rows), self._parent)
+        meeting = self._meeting = Meeting(len(rows), self._parent)
+        self._lanes = [Lane(meeting, i, rows, weight) for i, rows in enumerate(rows_of_lanes)]
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """`work(lane)` of every lane, at the same time; the results in order.
@@ -137,12 +146,11 @@ class LaneGroup:
         Raises:
             Exception: what the first failing lane raised, when all lanes have ended.
         """
-        self.meeting = Meeting(len(self._lanes), self._parent)
+        self._meeting.begin()
         pieces = [partial(self._run_lane, work, lane) for lane in self._lanes]
         return self._threads.run(pieces, self._where.operator_threads)
 
     def _run_lane(self, work: Callable[[int], T], lane: Lane) -> T:
-        meeting = self.meeting
         try:
             with shards.running(lane):
                 return work(lane.index)
@@ -151,7 +159,7 @@ class LaneGroup:
             shards.note(error, f"shard {lane.index} of {lanes}, which has {size} rows")
             raise
         finally:
-            meeting.leave()
+            self._meeting.leave()
 
     def go_in(self, whole: Tensor, move: Move, lane: int) -> Tensor:
         """What `lane` gets of `whole`: its rows ("scatter") or all of it ("share")."""

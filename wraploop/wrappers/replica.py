@@ -120,6 +120,7 @@ class Replica:
         ]
         self._taken_over = [version_of(buffer) for buffer in tree.buffers]
         self._before = [version_of(copy) for copy in buffers]
+        del self._copies  # a cycle, which would leave this replica to the garbage collector
 
     def is_current(self) -> bool:
         """Whether the objects and containers that have been copied are what they were."""
