@@ -15,7 +15,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -53,14 +54,27 @@ def _show_last(process: int) -> None:
         def show() -> None:
             before(kind, error, trace)
 
-        store = default_store() if os.getpid() == process else None
+        ours = os.getpid() == process and threading.current_thread() is threading.main_thread()
+        store = default_store() if ours else None
         if store is None or dist.get_world_size() == 1:
             show()
         else:
             atexit.register(_give_up)
-            Failure(error, show, store).end()
+            with _uninterrupted():
+                Failure(error, show, store).end()
 
     sys.excepthook = hook
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A block, of bounded length, in which Ctrl-C does nothing."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
 
 
 def _give_up() -> None:
@@ -125,14 +139,11 @@ class Failure:
         others = [_said(rank) for rank in range(dist.get_world_size()) if rank != self._rank]
         begun_s = time.time()
         try:
-            if isinstance(self._error, Exception):
-                self._record()
+            with suppress(Exception):  # the group or its store has gone: nobody is left
+                if isinstance(self._error, Exception):
+                    self._record()
                 if isinstance(self._error, PeerError) or Channel().fail(self._error):
                     self._wait(others, _LINES_WITHIN_S)
-            else:
-                self._wait(others, _LINES_WITHIN_S / 3)
-        except Exception:
-            pass  # the group or its store has gone: nobody is left to wait for
         finally:
             self._show()
         self._say(_SHOWN)
@@ -140,17 +151,18 @@ class Failure:
 
     def _follow(self) -> None:
         interrupted = isinstance(self._error, KeyboardInterrupt)
-        if isinstance(self._error, Exception) and not isinstance(self._error, PeerError):
-            Channel().fail(self._error)  # the first one waits for this
         if interrupted or (isinstance(self._error, PeerError) and self._error.follows):
             text = f"{type(self._error).__name__}: {self._error}".removesuffix(": ")
             print(f"[rank{self._rank}]: {text}", file=sys.stderr, flush=True)
         else:
             self._show()
         self._say(_said(self._rank))
-        if not interrupted:
-            self._wait([_SHOWN], _SHOW_WITHIN_S)
-            time.sleep(_LINES_WITHIN_S)  # torchrun names the process that ends first, and ends this
+        with suppress(Exception):  # the group or its store has gone
+            if not isinstance(self._error, PeerError):
+                Channel().fail(self._error)  # the first one does so too, and waits for this
+            if not interrupted:
+                self._wait([_SHOWN], _SHOW_WITHIN_S)
+                time.sleep(_LINES_WITHIN_S)  # torchrun names what ends first, and ends this one
 
     def _record(self) -> None:
         """Gives torchrun the traceback for its summary."""
@@ -163,10 +175,8 @@ class Failure:
             self._error.__traceback__ = trace  # without this frame
 
     def _say(self, key: str) -> None:
-        try:
+        with suppress(Exception):  # the store has gone with the process that kept it
             self._store.set(key, "")
-        except Exception:
-            pass  # the store has gone with the process that kept it
 
     def _wait(self, keys: Iterable[str], within_s: float) -> None:
         """Waits for the keys, or as long as it may."""
