@@ -90,11 +90,11 @@ def test_one_process_and_several_differ_by_one_line_of_config():
         ("plain.yaml", "distributed.yaml"),
         ("threads.yaml", "stack.yaml"),
     ]:
-        texts = [(EXAMPLES / name).read_text().splitlines() for name in (plain, distributed)]
-        changed = [line[0] for line in ndiff(*texts) if line[0] in "+-"]
-        assert changed == ["-", "+"]
-        for text in texts:
-            wrap(nn.Linear(1, 1), yaml.safe_load("\n".join(text))["wrapper"])
+        before, after = ((EXAMPLES / name).read_text() for name in (plain, distributed))
+        lines = ndiff(before.splitlines(), after.splitlines())
+        assert [line[0] for line in lines if line[0] in "+-"] == ["-", "+"]
+        for text in (before, after):
+            wrap(nn.Linear(1, 1), yaml.safe_load(text)["wrapper"])
 
 
 THERE_ARE = "There are ThreadedCPUParallel, DataParallel, DistributedModel"
