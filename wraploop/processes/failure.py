@@ -153,7 +153,8 @@ class Failure:
         interrupted = isinstance(self._error, KeyboardInterrupt)
         if interrupted or (isinstance(self._error, PeerError) and self._error.follows):
             text = f"{type(self._error).__name__}: {self._error}".removesuffix(": ")
-            print(f"[rank{self._rank}]: {text}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"[rank{self._rank}]: {text}\n")  # at once: lines do not mix
+            sys.stderr.flush()
         else:
             self._show()
         self._say(_said(self._rank))
