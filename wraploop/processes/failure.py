@@ -21,7 +21,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 from .channel import Channel, PeerError, is_waited_for
 from .watch import default_store
@@ -167,6 +166,8 @@ class Failure:
 
     def _record(self) -> None:
         """Gives torchrun the traceback for its summary."""
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # seldom
+
         trace = self._error.__traceback__
         try:
             raise self._error
