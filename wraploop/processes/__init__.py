@@ -10,17 +10,15 @@ import atexit
 import builtins
 import os
 import pickle
-import sys
 from collections.abc import Callable
 from datetime import timedelta
-from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import random_state
+from . import failure, random_state
 from .channel import Channel, PeerError
 
 __all__ = ["Channel", "PeerError", "random_state"]
@@ -58,31 +56,26 @@ def start(timeout_s: float = 300.0) -> None:
     """Joins the process group that torchrun's environment describes, unless that has been done.
 
     Run with plain `python` there is no such environment, and one process stays alone.
-    The backend is nccl where there are CUDA devices, else gloo.
+    The backend is nccl where there are CUDA devices, else gloo. From then on an exception that ends
+    one process ends all of them, see `failure`; the group is left when Python ends.
 
     Args:
         timeout_s: how long a collective waits for the other processes, in seconds.
     """
-    if is_started() or not all(name in os.environ for name in _LAUNCHED):
+    if not is_started():
+        _join(timeout_s)
+    if is_started():
+        failure.install()
+
+
+def _join(timeout_s: float) -> None:
+    if not all(name in os.environ for name in _LAUNCHED):
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     atexit.register(stop)
-    _tell_of_failures()
-
-
-def _tell_of_failures() -> None:
-    """Has an exception that ends this process tell the others of it."""
-    before = sys.excepthook
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        before(kind, error, trace)
-        if is_started() and isinstance(error, Exception) and not isinstance(error, PeerError):
-            Channel().fail(error)
-
-    sys.excepthook = hook
 
 
 def device() -> torch.device | None:

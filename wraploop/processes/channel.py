@@ -25,11 +25,22 @@ _SIZE = 4096  # bytes of a frame
 _HEAD = struct.Struct("<BIIQ")  # failed? length of the text, number of facts, length of the payload
 _MOST_TEXT = 1024
 _MOST_FACTS = 128
-_FAREWELL_S = 10.0
+_FAREWELL_S = 5.0
+
+
+_unfinished: list[Any] = []  # what was no longer waited for
 
 
 class PeerError(RuntimeError):
-    """Another process failed, ended, or does something else."""
+    """Another process failed, ended, or does something else.
+
+    Attributes:
+        follows: whether this only follows from another process's failure or end, and says less.
+    """
+
+    def __init__(self, message: str, follows: bool = False) -> None:
+        super().__init__(message)
+        self.follows = follows
 
 
 class Channel:
@@ -99,24 +110,30 @@ class Channel:
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         self._wait(dist.broadcast(tensor, source, group=self.group, async_op=True))
 
-    def fail(self, error: BaseException) -> None:
-        """Tells the others that this rank has failed, if they exchange anything soon."""
+    def fail(self, error: BaseException) -> bool:
+        """Tells the others that this rank has failed, if they exchange anything soon.
+
+        Returns:
+            Whether they have heard it.
+        """
         self._facts = []
         text = f"{type(error).__name__}: {error}"
         frame = Frame(text, [], 0, failed=True).packed(torch.empty(0, dtype=torch.uint8))
         before, self._timeout = self._timeout, timedelta(seconds=_FAREWELL_S)
+        watching, self._watch = self._watch, None  # nobody is asked what they are doing
         try:
             self._all_gather(frame)
         except PeerError:
-            pass  # they have gone, or are far away
+            return False  # they have gone, or are far away
         finally:
-            self._timeout = before
+            self._timeout, self._watch = before, watching
+        return True
 
     def _check(self, frames: list[Frame], whats: list[str]) -> None:
         for rank, frame in enumerate(frames):
             if frame.failed:
                 raise PeerError(
-                    f"Rank {rank} failed, so rank {self.rank} cannot go on: {frame.text}"
+                    f"Rank {rank} failed, so rank {self.rank} cannot go on: {frame.text}", True
                 )
         first = frames[0]
         if any((f.text, len(f.facts)) != (first.text, len(first.facts)) for f in frames):
@@ -144,13 +161,15 @@ class Channel:
         try:
             work.wait() if self._timeout is None else work.wait(self._timeout)
         except RuntimeError as error:
+            _unfinished.append(work)
             waited_s = time.monotonic() - begun_s
             doing = f" to {watching.doing}" if watching else ""
             others = f":\n{watching.ask()}\n" if watching else ". "
             raise PeerError(
                 f"Rank {self.rank} has waited {waited_s:.1f} s for the others{doing}{others}"
                 "Every process must run the same step, and none end before the others; timeout_s "
-                f"says how long to wait. ({error})"
+                f"says how long to wait. ({error})",
+                follows=True,
             ) from error
         finally:
             if watching:
@@ -202,6 +221,11 @@ class Frame:
         text, facts = self.text.encode()[:_MOST_TEXT], self.facts[:_MOST_FACTS]
         head = _HEAD.pack(self.failed, len(text), len(facts), self.length)
         return head + text + struct.pack(f"<{len(facts)}d", *facts)
+
+
+def is_waited_for() -> bool:
+    """Whether the group still waits for an exchange that this process has given up."""
+    return not all(work.is_completed() for work in _unfinished)
 
 
 def fingerprint(tensor: Tensor) -> float:

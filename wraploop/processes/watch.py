@@ -103,9 +103,9 @@ _watch: Watch | None = None
 
 
 def watch() -> Watch | None:
-    """This process's watch; None where torch does not say which store it uses."""
+    """This process's watch; None where there is no store to watch."""
     global _watch
-    store = _default_store()
+    store = default_store()
     if store is None:
         return None
     if _watch is None or not _watch.is_of(store):
@@ -115,7 +115,8 @@ def watch() -> Watch | None:
     return _watch
 
 
-def _default_store() -> Any:
+def default_store() -> Any:
+    """The store that the process group was made with; None where torch does not say which."""
     try:
         return dist.distributed_c10d._get_default_store()
     except (AttributeError, ValueError):

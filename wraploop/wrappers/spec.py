@@ -29,7 +29,7 @@ def wrap(model: Any, spec: Spec) -> Any:
     Args:
         model: a module, or a mapping of modules, each of which is wrapped.
         spec: a name; a mapping of `name` and the wrapper's options; a list of those, from the
-            outside in; or None for no wrapper.
+            outside in; or None for no wrapper. OmegaConf's mappings and lists are ones too.
 
     Raises:
         ValueError: there is no such wrapper or option; the message lists what there is.
@@ -69,7 +69,7 @@ def wrap(model: Any, spec: Spec) -> Any:
 
 
 def _made(name: Any, model: nn.Module, options: dict[str, Any]) -> ModelWrapper:
-    if name not in WRAPPERS:
+    if not isinstance(name, str) or name not in WRAPPERS:
         raise ValueError(f"There is no wrapper {name!r}. There are {_names()}, or None for none.")
     cls = WRAPPERS[name]
     known = [parameter for parameter in inspect.signature(cls).parameters if parameter != "module"]
