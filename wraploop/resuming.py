@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from wraploop import processes
 from wraploop.callbacks.checkpoints import Checkpoints
 from wraploop.checkpoint import newest, read_alike
-from wraploop.processes import random_state
 from wraploop.state import State, own_draws, part_if_new, put_state
 
 if TYPE_CHECKING:
@@ -40,7 +39,7 @@ class Resumption:
 
     def load(self, learner: Learner) -> None:
         """Puts everything to how it was."""
-        self._are_alike = processes.have_same(random_state.get())
+        self._are_alike = processes.draw_alike()
         put_state(learner, self.state)
         self._put_draws()
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from wraploop import processes
 from wraploop.callback import Callback
 from wraploop.draws import draws_of, put_draws
-from wraploop.processes import random_state
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -65,7 +64,7 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
             callback.load_state_dict(state["callbacks"][name])
         else:
             callback.attach(learner)
-    draws, are_alike = own_draws(state), processes.have_same(random_state.get())
+    draws, are_alike = own_draws(state), processes.draw_alike()
     put_draws(draws["now"])
     part_if_new(state, are_alike)
 

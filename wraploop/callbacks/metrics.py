@@ -15,7 +15,6 @@ from wraploop.callbacks.meters import FunctionMeter, LossMeter, StateMeter, rows
 from wraploop.callbacks.records import ByPhase, Series
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
 from wraploop.phases import Phase
-from wraploop.processes import random_state
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -222,7 +221,7 @@ class Metrics(Callback):
 
 def _own_part(parts: list[Any]) -> list[Any]:
     """Of what one process has taken, or each of several, what this one goes on from."""
-    each_has_all = processes.have_same(random_state.get())
+    each_has_all = processes.draw_alike()
     if len(parts) == processes.world_size() and not each_has_all:
         return [parts[processes.rank()]]
     return parts if each_has_all or processes.rank() == 0 else []

@@ -11,7 +11,6 @@ import builtins
 import os
 import pickle
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -20,11 +19,11 @@ from torch import Tensor
 
 from . import failure, random_state
 from .channel import Channel, PeerError
+from .joining import join
 
 __all__ = ["Channel", "PeerError", "random_state"]
 
 _AVAILABLE = dist.is_available()
-_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_started() -> bool:
@@ -62,20 +61,10 @@ def start(timeout_s: float = 300.0) -> None:
     Args:
         timeout_s: how long a collective waits for the other processes, in seconds.
     """
-    if not is_started():
-        _join(timeout_s)
+    if not is_started() and join(local_rank(), timeout_s):
+        atexit.register(stop)
     if is_started():
         failure.install()
-
-
-def _join(timeout_s: float) -> None:
-    if not all(name in os.environ for name in _LAUNCHED):
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-    atexit.register(stop)
 
 
 def device() -> torch.device | None:
@@ -158,6 +147,12 @@ def _unpacked(packed: Tensor) -> Any:
 def have_same(value: Any) -> bool:
     """Whether `value` (anything that pickles) is equal on all processes; the same answer on all."""
     return not any(broadcast(value) != value)
+
+
+def draw_alike() -> bool:
+    """Whether all processes would draw the same random numbers; the same answer on all."""
+    own = random_state.get()
+    return not any(not random_state.same(broadcast(own), own))
 
 
 def align_random_state() -> None:

@@ -37,7 +37,7 @@ def seed(number: int) -> None:
 
 def same(a: State, b: State) -> bool:
     """Whether two states are equal."""
-    return torch.equal(a[0], b[0]) and a[1] == b[1] and str(a[2]) == str(b[2])
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and a[2] == b[2]
 
 
 def _numpys() -> tuple[Any, ...] | None:
