@@ -58,7 +58,7 @@ class Fault(Callback):
 
 def main():
     folder, is_local = Path(sys.argv[1]), "--local" in sys.argv
-    torch.manual_seed(0)
+    processes.random_state.seed(0)
     models = {
         "generator": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6)),
         "critic": nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.2), nn.ReLU(), nn.Linear(8, 1)),

@@ -44,9 +44,9 @@ def run(folder, faults=(), **options):
 def end_of(folder):
     """What training has come to, random states included."""
     state = read(folder / "end")
-    state["callbacks"]["Checkpoints"] = None
-    state["callbacks"].pop("Fault", None)
-    return state
+    callbacks = state["callbacks"]
+    kept = {name: callbacks[name] for name in callbacks if not name.startswith(("Fault", "Check"))}
+    return {**state, "callbacks": kept}
 
 
 def drawn(seed, size, count):
@@ -68,51 +68,64 @@ def happened(folder):
     return sum(1 for _ in folder.glob("fault_*"))
 
 
-def check_killed(folder, size, local, faults):
-    status, _, err = run(folder / "through", size=size, local=local)
+def end_through(folder, **options):
+    """What an undisturbed run comes to."""
+    status, _, err = run(folder, **options)
     assert status == 0, err
-    status, _, err = run(folder / "killed", faults, size=size, local=local, restarts=len(faults))
-    assert status == 0, err
-    assert happened(folder / "killed") == len(faults)
-    assert_same(end_of(folder / "killed"), end_of(folder / "through"))
+    return end_of(folder)
 
 
-def test_a_run_whose_processes_are_killed_ends_as_if_they_had_not_been(tmp_path):
+def tell(process, folder, number, pid=None):
+    """Sends SIGTERM when a fault says that it is time; returns after how long all have ended."""
+    while not (folder / f"fault_{number}").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    begun_s = time.monotonic()
+    os.kill(pid() if pid else process.pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    return time.monotonic() - begun_s
+
+
+def test_killed_and_told_to_end_it_comes_to_what_it_would_have_undisturbed(tmp_path):
+    expected = end_through(tmp_path / "through")
+    folder = tmp_path / "disturbed"
     faults = [
         {"kind": "kill", "rank": 1, "step": 9},
-        {"kind": "kill soon", "rank": 0, "step": 16, "within_s": 0.01},
+        {"kind": "tell", "rank": 1, "step": 13},
+        {"kind": "kill soon", "rank": 0, "step": 18, "within_s": 0.01},
     ]
-    check_killed(tmp_path, 2, False, faults)
+    assert tell(start(folder, faults, restarts=1), folder, 1) < 15
+    latest = newest(folder / "checkpoints")
+    assert latest is not None
+    assert int(latest.name.removeprefix("step_")) >= 13  # it was saved when it was told
+    status, _, err = run(folder, faults, restarts=1)
+    assert status == 0, err
+    assert happened(folder) == 3
+    assert_same(end_of(folder), expected)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "local"), [(2, False), (2, True), (3, False), (3, True)])
 def test_it_does_so_whoever_is_killed_and_whenever(tmp_path, size, local, capsys):
-    faults = drawn(10 * size + local, size, 6)
-    check_killed(tmp_path, size, local, faults)
+    expected = end_through(tmp_path / "through", size=size, local=local)
+    faults, folder = drawn(10 * size + local, size, 6), tmp_path / "killed"
+    status, _, err = run(folder, faults, size=size, local=local, restarts=len(faults))
+    assert status == 0, err
+    assert happened(folder) == len(faults)
+    assert_same(end_of(folder), expected)
     with capsys.disabled():
         print(f"\n{len(faults)} kills, {size} processes, {'local' if local else 'global'}: same")
 
 
-@pytest.mark.parametrize("whom", ["torchrun", pytest.param("one rank", marks=pytest.mark.slow)])
-def test_a_process_that_is_told_to_end_saves_and_leaves(tmp_path, whom):
-    status, _, err = run(tmp_path / "through")
+@pytest.mark.slow
+def test_one_process_that_is_told_to_end_takes_the_others_along(tmp_path):
+    expected = end_through(tmp_path / "through")
+    process = start(tmp_path / "told", [{"kind": "tell", "rank": 1, "step": 9}])
+    assert tell(process, tmp_path / "told", 0, lambda: _child(process.pid)) < 15
+    status, _, err = run(tmp_path / "told")
     assert status == 0, err
-    told = tmp_path / "told"
-    process = start(told, [{"kind": "tell", "rank": 1, "step": 9}])
-    while not happened(told):
-        time.sleep(0.05)
-    begun_s = time.monotonic()
-    os.kill(process.pid if whom == "torchrun" else _child(process.pid), signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert time.monotonic() - begun_s < 15
-    path = newest(told / "checkpoints")
-    assert path is not None
-    assert 9 <= int(path.name.removeprefix("step_")) < STEPS
-    status, _, err = run(told)
-    assert status == 0, err
-    assert_same(end_of(told), end_of(tmp_path / "through"))
+    assert_same(end_of(tmp_path / "told"), expected)
 
 
 def _child(pid):
@@ -149,6 +162,7 @@ def test_a_nan_stops_every_rank_and_is_not_saved(tmp_path):
         assert all(torch.isfinite(each).all() for each in weights.values())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_number_of_processes_goes_on(tmp_path):
     status, _, err = run(tmp_path, [{"kind": "kill", "rank": 0, "step": 15}])
     assert status != 0, err
