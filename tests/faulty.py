@@ -1,6 +1,6 @@
 """Run by `test_kills.py` under torchrun: trains a GAN, and meets with faults on the way.
 
-    faulty.py FOLDER [--local]
+    faulty.py FOLDER [local]
 
 `FOLDER/faults.json` lists faults; each happens once, and leaves a file when it does.
 """
@@ -57,7 +57,7 @@ class Fault(Callback):
 
 
 def main():
-    folder, is_local = Path(sys.argv[1]), "--local" in sys.argv
+    folder, is_local = Path(sys.argv[1]), sys.argv[2:] == ["local"]
     processes.random_state.seed(0)
     models = {
         "generator": nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 6)),

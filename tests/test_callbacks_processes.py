@@ -15,6 +15,7 @@ from tests import test_callbacks_logs as logs
 from tests import test_callbacks_metrics as metrics
 from tests import test_callbacks_pictures as pictures
 from tests import test_callbacks_sanity as sanity
+from tests import test_resume as resume
 from tests.loop import ADAM, GAN, assert_equal, batches, gan_learner, learner, net, weights
 from wraploop import DistributedModel, fine_tune, fit_one_cycle, lr_find, processes, shard
 from wraploop.callbacks import (
@@ -176,6 +177,7 @@ PARTS = {
     "metrics": metrics.in_one_of_two_processes,
     "pictures": pictures.in_one_of_two_processes,
     "sanity": sanity.in_one_of_two_processes,
+    "resume": resume.in_one_of_two_processes,
 }
 
 
@@ -192,7 +194,9 @@ def in_process(rank: int, root: str) -> None:
 
 
 def test_callbacks_come_to_the_same_in_two_processes(tmp_path):
+    resume.prepare(tmp_path / "resume")
     mp.spawn(in_process, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    resume.check(tmp_path / "resume")
     together = tmp_path / "together"
     for folder in ("plain", "global", "local"):
         check_files(together / folder, together / "plain")

@@ -27,7 +27,7 @@ def start(folder, faults, *, size=2, restarts=0, local=False):
     torchrun += [f"--nproc-per-node={size}", f"--max-restarts={restarts}"]
     torchrun += ["--monitor-interval=0.1"]
     return subprocess.Popen(
-        [*torchrun, str(ROOT / "tests" / "faulty.py"), str(folder), *["--local"] * local],
+        [*torchrun, str(ROOT / "tests" / "faulty.py"), str(folder), *["local"] * local],
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +11,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
-from tests.loop import ADAM, GAN, assert_same, batches, gan_learner, learner, weights
-from wraploop import shard
+from tests.loop import ADAM, GAN, assert_equal, assert_same, batches, gan_learner, learner, weights
+from wraploop import shard, wrap
 from wraploop.callback import Callback, on
 from wraploop.callbacks.average import EMA
 from wraploop.callbacks.checkpoints import Checkpoints
@@ -20,7 +21,7 @@ from wraploop.callbacks.gradients import AccumulateGradients, ClipGradients
 from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
-from wraploop.checkpoint import newest
+from wraploop.checkpoint import newest, read
 from wraploop.events import StepEnd
 from wraploop.gan import GANTraining, NonSaturating
 from wraploop.gan.penalties import R1, PathLength
@@ -61,10 +62,13 @@ class Drawing(Dataset):
 
 
 class Stream(IterableDataset):
+    def __init__(self, noise=1.0):
+        self.noise = noise
+
     def __iter__(self):
         for index in range(18):
             inputs, targets = SAMPLES[index]
-            yield inputs + torch.rand(3, dtype=torch.float64), targets
+            yield inputs + self.noise * torch.rand(3, dtype=torch.float64), targets
 
 
 class OwnSampler:
@@ -163,6 +167,96 @@ def make(folder, *callbacks, loader, kill_after=0, every_steps=1):
         data=(data, loader()),
         optimizer=ADAM,
     )
+
+
+def quiet():
+    """No random numbers are drawn in it: they would be others with other processes."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Linear(4, 1)).double()
+
+
+WRAPPED: dict[str, Any] = {
+    "none": (None, LOADERS["shuffled"]),
+    "threads": ({"name": "ThreadedCPUParallel", "threads": 2}, LOADERS["shuffled"]),
+    "global": ({"name": "DistributedModel", "timeout_s": 20}, LOADERS["shuffled"]),
+    "local": (
+        {"name": "DistributedModel", "batch": "local", "timeout_s": 20},
+        lambda: shard(DataLoader(SAMPLES, 4, shuffle=True)),
+    ),
+    "local stream": (
+        {"name": "DistributedModel", "batch": "local", "timeout_s": 20},
+        lambda: shard(DataLoader(Stream(noise=0), 4)),
+    ),
+}
+KILL_AFTER = (3, 5, 12)
+
+
+def make_wrapped(folder, kind, kill_after=0, model=quiet):
+    """A learner in whatever processes there are."""
+    torch.manual_seed(0)
+    spec, loader = WRAPPED[kind]
+    last = [KillAfter(kill_after)] if kill_after else []
+    return learner(
+        History(),
+        Metrics(),
+        Scheduler(lr=lambda step: 0.1 / (1 + step)),
+        Checkpoints(folder, every_steps=1, keep_top_k=1),
+        *last,
+        model=wrap(model(), spec),
+        data=(loader(), loader()),
+        optimizer=ADAM,
+        strict=False,
+    )
+
+
+def run_killed(folder, kind, model=quiet):
+    """Leaves checkpoints of runs that were killed, and of what they would have come to."""
+    through = make_wrapped(folder / "through", kind, model=model)
+    through.fit(2)
+    through.save(folder / "end")
+    for kill_after in KILL_AFTER:
+        with pytest.raises(Killed):
+            make_wrapped(folder / str(kill_after), kind, kill_after, model).fit(2)
+
+
+def assert_goes_on(folder, kind, model=quiet, **tolerances):
+    expected = read(folder / "end")
+    for kill_after in KILL_AFTER:
+        resumed = make_wrapped(folder / kind / str(kill_after), kind, model=model)
+        resumed.fit(2, resume=newest(folder / str(kill_after)))
+        state = resumed.state_dict()
+        assert_equal(state["models"]["model"], expected["models"]["model"], **tolerances)
+        assert state["callbacks"]["History"] == expected["callbacks"]["History"]
+        for phase in ("TrainingPhase", "ValidationPhase"):
+            mine, theirs = (
+                each["callbacks"]["Metrics"]["records"][phase]["epochs"]["loss"]
+                for each in (state, expected)
+            )
+            assert_equal(mine, theirs, rtol=1e-8, atol=0)
+
+
+def in_one_of_two_processes(rank: int, folder: str) -> None:
+    """Each kind goes on from its own checkpoints, to the bit, and from those of one process."""
+    for kind in ("global", "local", "local stream"):
+        own = Path(folder) / "two" / kind
+        model = noisy if kind == "global" else quiet
+        run_killed(own, kind, model)
+        assert_goes_on(own, kind, model, rtol=0, atol=0)
+        of_one = "stream" if kind == "local stream" else "none"
+        assert_goes_on(Path(folder) / "one" / of_one, kind, rtol=1e-8, atol=1e-14)
+
+
+def prepare(folder: Path) -> None:
+    """What `in_one_of_two_processes` goes on from."""
+    WRAPPED["stream"] = (None, WRAPPED["local stream"][1])
+    for kind in ("none", "stream"):
+        run_killed(folder / "one" / kind, kind)
+
+
+def check(folder: Path) -> None:
+    """One process, and threads, go on from what two have left."""
+    assert_goes_on(folder / "two" / "local", "none", rtol=1e-8, atol=1e-14)
+    assert_goes_on(folder / "two" / "local", "threads", rtol=1e-8, atol=1e-14)
 
 
 def states(one):

@@ -13,6 +13,7 @@ from wraploop import processes
 
 EXIT_STATUS = 128 + signal.SIGTERM
 _ASK_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.1
 _MOST_STEPS = 1000
 
 
@@ -23,7 +24,8 @@ class Leaving:
     A thread waits, as the main one may be in a call that takes long.
 
     Args:
-        within_s: how long after the signal this process ends all the same, if no step ends.
+        within_s: how long after the signal this process ends all the same, if no step ends; if
+            another has failed, which is why it is told, it ends at once.
     """
 
     def __init__(self, within_s: float) -> None:
@@ -87,5 +89,7 @@ class Leaving:
             while received := ours.recv(1):
                 if received[0] == signal.SIGTERM:
                     self._tell()
-                    if not in_time.wait(self.within_s):
-                        os._exit(EXIT_STATUS)
+                    until_s = time.monotonic() + self.within_s
+                    while not in_time.wait(_LOOK_EVERY_S):
+                        if time.monotonic() > until_s or processes.failed_elsewhere():
+                            os._exit(EXIT_STATUS)

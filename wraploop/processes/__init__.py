@@ -19,9 +19,10 @@ from torch import Tensor
 
 from . import failure, random_state
 from .channel import Channel, PeerError
+from .failure import failed_elsewhere
 from .joining import join
 
-__all__ = ["Channel", "PeerError", "random_state"]
+__all__ = ["Channel", "PeerError", "failed_elsewhere", "random_state"]
 
 _AVAILABLE = dist.is_available()
 
@@ -163,8 +164,7 @@ def align_random_state() -> None:
 
 
 def part_random_states() -> None:
-    """Gives every process a random state of its own, which follows from rank 0's."""
+    """Gives every process a random state of its own, which follows from rank 0's; that stays."""
     align_random_state()
-    if world_size() == 1:
-        return
-    random_state.seed(int(torch.randint(2**31, ())) + rank())
+    if world_size() > 1 and rank() > 0:
+        random_state.seed(random_state.seed_from(random_state.get(), rank()))

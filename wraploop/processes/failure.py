@@ -46,6 +46,15 @@ def install() -> None:
         _take_one_interrupt()
 
 
+def failed_elsewhere() -> bool:
+    """Whether another process has said that it fails."""
+    with suppress(Exception):  # the group or its store has gone
+        store = default_store()
+        if store is not None and store.check([_FIRST]):
+            return int(store.get(_FIRST)) != dist.get_rank()
+    return False
+
+
 def _show_last(process: int) -> None:
     before = sys.excepthook
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import sys
 from collections.abc import Iterator
@@ -33,6 +34,12 @@ def seed(number: int) -> None:
     random.seed(number)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(number)
+
+
+def seed_from(state: State, number: int) -> int:
+    """A seed that follows from a state and a number, without drawing."""
+    said = state[0].numpy().tobytes() + number.to_bytes(8, "little")
+    return int.from_bytes(hashlib.blake2b(said, digest_size=4).digest(), "little")
 
 
 def same(a: State, b: State) -> bool:
