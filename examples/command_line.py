@@ -29,6 +29,7 @@ def parse(description: str | None, epochs: int, batch_size: int) -> argparse.Nam
     parser.add_argument("--epochs", metavar="N", type=int, default=epochs)
     parser.add_argument("--batch-size", metavar="ROWS", type=int, default=batch_size)
     parser.add_argument("--seed", metavar="N", type=int, default=0)
+    parser.add_argument("--checkpoints", metavar="FOLDER", help="goes on from what is in it")
     parser.add_argument("--out", metavar="FILE", type=Path, help="where to leave the results")
     parser.error = refuse
     options = parser.parse_args()

@@ -6,6 +6,8 @@ One word chooses where the model runs:
     python examples/digits_classifier.py --wrapper ThreadedCPUParallel
     python examples/digits_classifier.py --wrapper DataParallel
     torchrun --nproc-per-node 2 examples/digits_classifier.py --wrapper DistributedModel
+
+Killed and started again with `--checkpoints FOLDER`, it goes on where it was.
 """
 
 from functools import partial
@@ -19,7 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from wraploop import Learner, ValidationPhase, processes
-from wraploop.callbacks.metrics import Metrics, accuracy
+from wraploop.callbacks import Checkpoints, Metrics, accuracy
 
 
 def make_classifier(width=32):
@@ -61,7 +63,9 @@ def main():
         data=load_batches(options.batch_size),
         callbacks=[Metrics(accuracy)],
     )
-    learner.fit(options.epochs)
+    if options.checkpoints:
+        learner.callbacks.add(Checkpoints(options.checkpoints, every_steps=10, keep_top_k=1))
+    learner.fit(options.epochs, resume="auto" if options.checkpoints else None)
 
     right = learner.metrics[ValidationPhase].epochs["accuracy"].last
     if processes.is_main_process():

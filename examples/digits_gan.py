@@ -33,6 +33,7 @@ from wraploop import (
     on,
     processes,
 )
+from wraploop.callbacks import Checkpoints
 
 LATENT_SIZE = 32
 LEARNING_RATE = 5e-3
@@ -133,9 +134,11 @@ def main():
         data=batches,
         callbacks=[LinearDecay(options.epochs * len(batches)), snapshot],
     )
+    if options.checkpoints:
+        learner.callbacks.add(Checkpoints(options.checkpoints, None, every_steps=10))
     phase = GANStep(LATENT_SIZE, r1_weight=0.2)
     begun_s = time.perf_counter()
-    learner.fit(options.epochs, [phase])
+    learner.fit(options.epochs, [phase], resume="auto" if options.checkpoints else None)
     seconds = time.perf_counter() - begun_s
     save(options, learner, snapshot, seconds / options.epochs)
 

@@ -22,7 +22,7 @@ from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
 from wraploop.checkpoint import newest, read
-from wraploop.events import StepEnd
+from wraploop.events import BackwardEnd, StepEnd
 from wraploop.gan import GANTraining, NonSaturating
 from wraploop.gan.penalties import R1, PathLength
 from wraploop.phases import AbstractTrainingPhase, TrainingPhase, ValidationPhase
@@ -405,6 +405,34 @@ def test_a_fit_that_an_error_ended_may_go_on_in_the_same_program(tmp_path):
         one.fit(2, resume="auto")
     one.fit(2, resume="auto")
     assert_same(states(one), states(through))
+
+
+def test_what_is_saved_after_an_interruption_goes_on_with_the_batch_that_was_interrupted(tmp_path):
+    class Interrupted(Callback):
+        reads = ("history",)
+        is_over = False
+
+        @on(BackwardEnd)
+        def interrupt(self, learner):
+            if learner.history[TrainingPhase].steps == 7 and not self.is_over:
+                self.is_over = True
+                raise KeyboardInterrupt
+
+    def make_one(*callbacks):
+        torch.manual_seed(0)
+        loader = DataLoader(SAMPLES, 4, shuffle=True)
+        return learner(History(), Metrics(), *callbacks, data=(loader, loader), optimizer=ADAM)
+
+    through = make_one()
+    through.fit(2)
+    one = make_one(Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        one.fit(2)
+    one.save(tmp_path / "here")
+    resumed = make_one()
+    resumed.fit(2, resume=tmp_path / "here")
+    assert_same(weights(resumed.model), weights(through.model))
+    assert resumed.history == through.history
 
 
 def test_more_epochs_may_follow(tmp_path):

@@ -272,6 +272,8 @@ class Learner:
                 phase.step(self, state.batch)
             except BaseException as error:
                 state.cancelled = True
+                if self.running is not None and not isinstance(error, (CancelStep, CancelEpoch)):
+                    self.running.give_back()  # no step was made of it
                 due.insert(len(due) - begun, StepEnd)
                 end(due, begun, callbacks, error)
                 raise

@@ -31,35 +31,40 @@ class Resumption:
     """
 
     def __init__(self, state: State, position: Position) -> None:
-        self.state, self._position = state, position
+        self._state: State | None = state
+        self._position, self._place = position, state["position"]
+        self._processes = {"processes": state["processes"]}
         self._is_in_epoch = False
-        if state["position"]:
-            position.load_state_dict(state["position"])
-            self._is_in_epoch = state["position"]["batch"] is not None
+        if self._place:
+            position.load_state_dict(self._place)
+            self._is_in_epoch = self._place["batch"] is not None
 
     def load(self, learner: Learner) -> None:
         """Puts everything to how it was."""
+        assert self._state is not None
         self._are_alike = processes.draw_alike()
-        put_state(learner, self.state)
+        put_state(learner, self._state)
         self._put_draws()
 
     def in_fit(self, learner: Learner) -> None:
         """The fit has begun."""
         if not self._is_in_epoch:
             self.load(learner)
+            self._state = None  # which is large
 
     def in_epoch(self, learner: Learner) -> None:
         """An epoch of the fit has begun."""
         if self._is_in_epoch:
             self._is_in_epoch = False
             self.load(learner)
-            taken = self.state["position"]["batch"]
-            learner.running.go_on(taken, own_draws(self.state), self._put_draws)
+            self._state = None
+            draws = own_draws(self._processes)
+            learner.running.go_on(self._place["batch"], draws, self._put_draws)
 
     def _put_draws(self) -> None:
-        if self.state["position"]:
-            self._position.put_draws(own_draws(self.state))
-            part_if_new(self.state, self._are_alike)
+        if self._place:
+            self._position.put_draws(own_draws(self._processes))
+            part_if_new(self._processes, self._are_alike)
 
 
 def resumption_of(

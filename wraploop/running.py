@@ -104,6 +104,10 @@ class Epoch:
                 "Give something that starts afresh every epoch: a DataLoader, or a list."
             )
 
+    def give_back(self) -> None:
+        """The batch that was taken last does not count: going on would begin with it."""
+        self.taken = max(0, self.taken - 1)
+
     @property
     def is_under_way(self) -> bool:
         """Whether its batches are being gone through."""
