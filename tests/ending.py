@@ -9,7 +9,7 @@ from torch import nn
 
 from wraploop import DistributedModel
 
-RANK, LAST = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]) - 1
+RANK, LAST = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) - 1
 
 
 def main():

@@ -449,6 +449,22 @@ def test_more_epochs_may_follow(tmp_path):
     assert_same(states(again), states(long))
 
 
+def test_a_fit_that_was_stopped_early_is_over(tmp_path):
+    stopped = make(tmp_path, loader=LOADERS["shuffled"])
+    stopped.fit(20, resume="auto")
+    assert "no improvement" in stopped.stopped.reason
+    again = make(tmp_path, loader=LOADERS["shuffled"])
+    again.fit(20, resume="auto")
+    assert again.stopped.reason == stopped.stopped.reason
+    assert_same(weights(again.model), weights(stopped.model))
+    assert again.history == stopped.history
+    epochs = stopped.history[TrainingPhase].epochs
+    again = make(tmp_path / "other", loader=LOADERS["shuffled"])
+    again.callbacks.remove(EarlyStopping)
+    again.fit(epochs + 2, resume=newest(tmp_path))  # told to go on
+    assert again.history[TrainingPhase].epochs == epochs + 2
+
+
 def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path):
     through = make(tmp_path / "through", loader=LOADERS["shuffled"])
     through.fit(2)

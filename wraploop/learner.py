@@ -168,7 +168,8 @@ class Learner:
                     resumption.in_fit(self)
                 for phase, batches in position.remaining(epochs):
                     self.epoch(phase, batches)
-                self.stopped = None  # which a fit within this one may have set
+                # a fit within this one may have set it
+                self.stopped = CancelFit(position.stopped) if position.stopped else None
         except CancelFit as cancel:
             self._stop(cancel.with_traceback(None))
             cancel.__context__ = None  # it would keep tensors alive
@@ -472,3 +473,4 @@ class Learner:
         self.stopped = error if isinstance(error, CancelFit) else None
         assert self.position is not None
         self.position.broken = self.stopped is None
+        self.position.stopped = self.stopped and self.stopped.reason

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ class Position:
         phase: how many phases of the running epoch have.
         running: the phase's own epoch, `None` where none runs.
         broken: an error cut it off.
+        stopped: the reason that a callback gave for ending it, if one did.
     """
 
     def __init__(self, fit: int, planned: list[tuple[Phase, Batches]]) -> None:
@@ -30,20 +30,22 @@ class Position:
         self.epoch = self.phase = 0
         self.running: Epoch | None = None
         self.broken = False
+        self.stopped: str | None = None
         self._is_next = False  # the epoch that begins is the fit's own
+        self._has_ended = False
 
     def remaining(self, epochs: int) -> Iterator[tuple[Phase, Batches]]:
         """What is still to run of so many epochs; moves on when asked for the next."""
-        while self.epoch < epochs:
+        while self.epoch < epochs and not self._has_ended:
             while self.phase < len(self.planned):
                 self._is_next = True
                 yield self.planned[self.phase]
                 self.phase, self.running = self.phase + 1, None
             self.epoch, self.phase = self.epoch + 1, 0
 
-    def end(self) -> None:
-        """Nothing of the fit is to run."""
-        self.epoch = sys.maxsize
+    def end(self, stopped: str | None = None) -> None:
+        """Nothing of the fit is to run; a callback has stopped it for such a reason."""
+        self._has_ended, self.stopped = True, stopped
 
     def enter(self, epoch: Epoch) -> bool:
         """Takes note of an epoch that begins; returns whether it is the fit's own."""
@@ -57,6 +59,7 @@ class Position:
         running = self.running
         return {
             "fit": self.fit,
+            "stopped": self.stopped,
             "epoch": self.epoch,
             "phase": self.phase + (running is not None and running.is_over),
             "batch": running.taken if running and running.is_under_way else None,

@@ -73,7 +73,7 @@ def resumption_of(
     """What a fit goes on from, already loaded; `None` if it begins at its beginning.
 
     With `"auto"`, a script whose fits come one after the other goes on with the one that was
-    running: fits before it are over, and are passed over.
+    running: fits before it are over, and are passed over, as is one that a callback has stopped.
 
     Raises:
         ValueError: there is no `Checkpoints` callback, or the checkpoint is of another fit.
@@ -91,6 +91,8 @@ def resumption_of(
     if resume == AUTO and saved["fit"] > position.fit:
         position.end()
         state = {**state, "position": None}
+    elif resume == AUTO and saved["stopped"]:
+        position.end(saved["stopped"])
     resumption = Resumption(state, position)
     resumption.load(learner)
     return resumption

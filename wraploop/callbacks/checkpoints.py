@@ -157,8 +157,11 @@ class Checkpoints(Callback):
 
     @on(FitEnd)
     def end(self, learner: Learner) -> None:
-        """Waits until the last checkpoint is written."""
+        """Saves that the fit is over, if a callback stopped it; waits until all is written."""
         self._leaving.end()
+        position = learner.position
+        if position and position.stopped and position.running and position.running.is_over:
+            self._save(learner, Saved(f"step_{steps_of(learner):08}"))
         if learner.position and learner.position.broken:
             self._writer.wait()
         else:
