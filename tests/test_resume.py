@@ -1,6 +1,8 @@
 """A fit that is stopped after any step, and goes on, ends with the bits it would have had."""
 
+import io
 import random
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from wraploop.callbacks.early_stopping import EarlyStopping
 from wraploop.callbacks.gradients import AccumulateGradients, ClipGradients
 from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
+from wraploop.callbacks.progress import ProgressBar
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
 from wraploop.checkpoint import newest, read
 from wraploop.events import BackwardEnd, StepEnd
@@ -447,6 +450,17 @@ def test_more_epochs_may_follow(tmp_path):
     again = make(tmp_path / "long", loader=LOADERS["shuffled"])
     again.fit(4, resume="auto")  # nothing is left to do
     assert_same(states(again), states(long))
+
+
+def test_the_progress_bar_begins_where_the_epoch_goes_on(tmp_path):
+    with pytest.raises(Killed):
+        make(tmp_path, loader=LOADERS["shuffled"], kill_after=3).fit(1)
+    written = io.StringIO()
+    bar = ProgressBar(file=written, mininterval=0, leave=True)
+    make(tmp_path, bar, loader=LOADERS["shuffled"]).fit(1, resume="auto")
+    counts = re.findall(r"TrainingPhase 1: .*? (\d)/5", written.getvalue())
+    assert counts[0] == "0"
+    assert counts[1:3] == ["4", "5"]
 
 
 def test_a_fit_that_was_stopped_early_is_over(tmp_path):

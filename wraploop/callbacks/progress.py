@@ -50,7 +50,7 @@ class ProgressBar(Callback):
         bar = self._bars.get(running)
         if bar is None or learner.phase is not running.phase:
             return
-        bar.n += 1
+        bar.n = max(bar.n + 1, running.taken)  # which is more where a fit goes on
         now_s = time.perf_counter()
         if now_s - self._told_s < self._tell_every_s:  # as tqdm itself would, in less time
             return
