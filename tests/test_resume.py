@@ -339,6 +339,35 @@ def test_gradients_that_a_phase_adds_up_are_gone_on_with(tmp_path):
     assert_same(run("killed"), expected)
 
 
+def test_a_phase_that_counts_for_itself_goes_on_counting(tmp_path):
+    class EveryOther(AbstractTrainingPhase):
+        def __init__(self, factor):
+            self.factor, self.steps, self.mean, self.name = factor, 0, torch.zeros(1), "Own"
+
+        def step(self, learner, batch):
+            self.steps += 1
+            learner.step.loss = learner.loss_fn(learner.model(batch[0]), batch[1])
+            self.mean = 0.9 * self.mean + 0.1 * learner.step.loss.detach()
+            (learner.step.loss * (self.mean.item() if self.steps % 2 else self.factor)).backward()
+            learner.optimizer.step()
+            learner.optimizer.zero_grad()
+
+    def run(folder, *callbacks, factor=2.0):
+        one = learner(History(), Checkpoints(tmp_path / folder, None, every_steps=1), *callbacks)
+        phase = EveryOther(factor)
+        one.fit(2, [phase], resume="auto")
+        return weights(one.model), phase
+
+    expected, _ = run("through")
+    with pytest.raises(Killed):
+        run("killed", KillAfter(3))
+    resumed, phase = run("killed")
+    assert_same(resumed, expected)
+    assert phase.steps == 8
+    _, phase = run("killed", factor=3.0)
+    assert phase.factor == 3.0  # what does not change as it runs is as it was given
+
+
 def test_a_gan_with_lazy_penalties_goes_on(tmp_path):
     def run(folder, *callbacks):
         phase = GANTraining(

@@ -15,6 +15,7 @@ from wraploop.events import BackwardBegin, BackwardEnd, Event, LossBegin
 if TYPE_CHECKING:
     from wraploop.learner import Learner
 
+_FIRST = "_first_attributes"
 Batch = Any  # whatever the data yields, as the phase expects it
 
 
@@ -54,15 +55,45 @@ class Phase(ABC):
         """Drops what a step left behind that did not come to its end."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What has to be saved for the phase to go on from here; nothing unless overridden."""
-        return {}
+        """What has to be saved for the phase to go on from here.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027
+        Unless overridden, the attributes that have changed since a fit first began with it, as a
+        counter of its own does: those that are numbers, text or tensors.
+        """
+        first, now = vars(self).get(_FIRST, {}), _attributes(self)
+        return {name: now[name] for name in now if not _is_same(now[name], first.get(name))}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Takes over what `state_dict` has returned."""
+        for name, value in state.items():
+            now = vars(self).get(name)
+            is_tensor = isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor)
+            vars(self)[name] = value.to(now.device) if is_tensor else value
+
+    def note(self) -> None:
+        """Remembers what its attributes are before it runs; the learner calls it, and only once."""
+        if _FIRST not in vars(self):
+            first = _attributes(self)
+            vars(self)[_FIRST] = {
+                name: value.clone() if isinstance(value, torch.Tensor) else value
+                for name, value in first.items()
+            }
 
     def mode(self, models: Iterable[nn.Module]) -> AbstractContextManager[Any]:
         """While open, the modules and the grad mode are as this phase wants them."""
         return nullcontext()
+
+
+def _attributes(phase: Phase) -> dict[str, Any]:
+    """Its attributes that are plain, and so can be saved."""
+    plain = (int, float, str, torch.Tensor, type(None))
+    return {name: value for name, value in vars(phase).items() if isinstance(value, plain)}
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    return a is b or (type(a) is type(b) and not isinstance(a, torch.Tensor) and a == b)
 
 
 class AbstractTrainingPhase(Phase):

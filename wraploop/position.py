@@ -27,6 +27,8 @@ class Position:
 
     def __init__(self, fit: int, planned: list[tuple[Phase, Batches]]) -> None:
         self.fit, self.planned = fit, planned
+        for phase, _ in planned:
+            phase.note()
         self.epoch = self.phase = 0
         self.running: Epoch | None = None
         self.broken = False
