@@ -1,13 +1,17 @@
 """Files of checkpoints: whole or not there, whatever happens while they are written."""
 
+import copy
+import enum
 import os
 import pickle
 import resource
 import signal
 import threading
+from collections import Counter
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -149,6 +153,72 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(pickle.UnpicklingError):
         one.fit(1, resume=tmp_path / "here")
     assert not mark.exists()
+
+
+class Stage(str, enum.Enum):
+    WARM = "warm"
+
+
+class Number(enum.IntEnum):
+    TWO = 2
+
+
+@pytest.mark.parametrize(
+    ("value", "read_back"),
+    [
+        (Stage.WARM, "warm"),
+        (Number.TWO, 2),
+        ({np.float64(0.5): np.str_("x"), (np.int64(1), 2): None}, {0.5: "x", (1, 2): None}),
+        (Counter(a=1), {"a": 1}),
+        ([np.bool_(True), torch.float32, 3j, b"x"], [True, torch.float32, 3j, b"x"]),
+        (torch.eye(2).to_sparse(), torch.eye(2).to_sparse()),
+    ],
+    ids=str,
+)
+def test_what_is_saved_can_be_loaded(tmp_path, value, read_back):
+    state, _ = states()
+    write(copied({**state, "callbacks": {"value": value}}), tmp_path / "here")
+    found = read(tmp_path / "here")["callbacks"]["value"]
+    if isinstance(found, torch.Tensor):
+        found, read_back = found.to_dense(), read_back.to_dense()
+    assert_same(found, read_back)
+
+
+def test_models_may_have_what_safetensors_cannot_hold(tmp_path):
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.ones(3, dtype=torch.complex128))
+    model.register_buffer("graph", torch.eye(2).to_sparse())
+    one, other = learner(model=model), learner(model=copy.deepcopy(model))
+    with torch.no_grad():
+        one.model.weight.add_(1j)
+    one.save(tmp_path / "here")
+    other.load(tmp_path / "here")
+    assert torch.equal(other.model.weight, one.model.weight)
+
+
+def test_a_folder_is_where_it_was_when_it_was_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save = Checkpoints("here", None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    learner(History(), save).fit(1)
+    assert [path.name for path in (tmp_path / "here").iterdir()] == ["epoch_0001"]
+
+
+def test_a_metric_may_have_any_name(tmp_path):
+    name = "val/l1 " + "x" * 300
+    learner(History(), Metrics(**{name: nn.functional.l1_loss}), Checkpoints(tmp_path, name)).fit(1)
+    again: Any = Checkpoints(tmp_path, name)
+    assert again.best == again.latest
+    assert again.best.is_dir()
+
+
+def test_what_is_left_of_a_checkpoint_is_replaced(tmp_path):
+    one = learner()
+    one.save(tmp_path / "here")
+    (tmp_path / "here" / "checkpoint.json").unlink()
+    one.save(tmp_path / "here")
+    one.load(tmp_path / "here")
 
 
 def test_a_state_that_could_not_be_loaded_is_not_saved(tmp_path):

@@ -11,9 +11,28 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
-from tests.loop import ADAM, GAN, assert_equal, assert_same, batches, gan_learner, learner, weights
+from tests.loop import (
+    ADAM,
+    GAN,
+    assert_equal,
+    assert_same,
+    batches,
+    gan_learner,
+    learner,
+    net,
+    weights,
+)
 from wraploop import shard, wrap
 from wraploop.callback import Callback, on
 from wraploop.callbacks.average import EMA
@@ -24,10 +43,19 @@ from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.progress import ProgressBar
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
+from wraploop.callbacks.stop import StopOnNaNLoss
 from wraploop.checkpoint import newest, read
-from wraploop.events import BackwardEnd, StepEnd
+from wraploop.events import (
+    BackwardEnd,
+    CancelEpoch,
+    CancelFit,
+    EpochBegin,
+    LossBegin,
+    StepEnd,
+)
 from wraploop.gan import GANTraining, NonSaturating
 from wraploop.gan.penalties import R1, PathLength
+from wraploop.learner import Learner
 from wraploop.phases import AbstractTrainingPhase, TrainingPhase, ValidationPhase
 from wraploop.recipes import fine_tune, fit_one_cycle
 
@@ -72,6 +100,16 @@ class Stream(IterableDataset):
         for index in range(18):
             inputs, targets = SAMPLES[index]
             yield inputs + self.noise * torch.rand(3, dtype=torch.float64), targets
+
+
+class Own(Drawing):
+    """Draws from a generator of its own."""
+
+    def __init__(self):
+        self.generator = np.random.default_rng(3)
+
+    def __getitem__(self, index):
+        return SAMPLES[index][0] * self.generator.random(), SAMPLES[index][1]
 
 
 class OwnSampler:
@@ -127,7 +165,61 @@ def with_sampler():
     return DataLoader(Drawing(), 4, sampler=sampler, drop_last=True)
 
 
+class Normalizing(DataLoader):
+    """Does something to the batches that its base class makes."""
+
+    def __iter__(self):  # pyright: ignore[reportIncompatibleMethodOverride]
+        for inputs, targets in super().__iter__():
+            yield 2 * (inputs - 1), targets
+
+
+class Mixing:
+    """A function of samples that draws from a generator of its own."""
+
+    def __init__(self):
+        self.generator = np.random.RandomState(0)
+
+    def __call__(self, samples):
+        inputs, targets = default_collate(samples)
+        return inputs * self.generator.rand(), targets
+
+
+class Zipped:
+    def __init__(self, *loaders):
+        self.loaders = loaders
+
+    def __iter__(self):
+        for (inputs, targets), (others, _) in zip(*self.loaders, strict=True):
+            yield inputs + others, targets
+
+
+class WithoutReplacement:
+    """Changes the very state that it gives away."""
+
+    def __init__(self):
+        self.weight = torch.ones(18)
+
+    def __len__(self):
+        return 9
+
+    def __iter__(self):
+        for index in torch.multinomial(self.weight, 9).tolist():
+            self.weight[index] = 1e-9
+            yield index
+
+    def state_dict(self):
+        return {"weight": self.weight}
+
+    def load_state_dict(self, state):
+        self.weight.copy_(state["weight"])
+
+
 LOADERS = {
+    "a subclass": lambda: Normalizing(SAMPLES, 4, shuffle=True),
+    "mixing": lambda: DataLoader(SAMPLES, 4, collate_fn=Mixing()),
+    "zipped": lambda: Zipped(with_generator(1), with_generator(2)),
+    "without replacement": lambda: DataLoader(SAMPLES, 3, sampler=WithoutReplacement()),  # type: ignore[arg-type]
+    "nested": lambda: DataLoader(ConcatDataset([Subset(Own(), [*range(9)]), Own()]), 6),
     "a list": lambda: batches(4, 5),
     "shuffled": lambda: DataLoader(SAMPLES, 4, shuffle=True),
     "with a generator": with_generator,
@@ -276,7 +368,7 @@ def test_a_fit_goes_on_from_any_step(tmp_path, kind):
     through = make(tmp_path / "through", loader=loader)
     through.fit(2)
     expected = states(through)
-    for kill_after in range(1, 17) if kind == "shuffled" else (1, 4, 7, 13):
+    for kill_after in range(1, 17) if kind == "shuffled" else (1, 4, 7, 11):
         folder = tmp_path / str(kill_after)
         with pytest.raises(Killed):
             make(folder, loader=loader, kill_after=kill_after).fit(2)
@@ -479,6 +571,139 @@ def test_more_epochs_may_follow(tmp_path):
     again = make(tmp_path / "long", loader=LOADERS["shuffled"])
     again.fit(4, resume="auto")  # nothing is left to do
     assert_same(states(again), states(long))
+
+
+class Ends(Callback):
+    """Ends an epoch, or the fit, at a step."""
+
+    reads = ("history", "running")
+
+    def __init__(self, cancel, steps):
+        self.cancel, self.steps = cancel, steps
+
+    @on(StepEnd, TrainingPhase)
+    def end(self, learner):
+        taken = learner.running.taken if self.cancel is CancelEpoch else None
+        if self.steps == (taken or learner.history[TrainingPhase].steps):
+            raise self.cancel(*["enough"] * (self.cancel is CancelFit))
+
+
+def test_an_epoch_that_a_callback_cuts_short_is_cut_short_again(tmp_path):
+    def run(folder, kill_after=0):
+        one = make(
+            tmp_path / folder,
+            Ends(CancelEpoch, 3),
+            loader=LOADERS["shuffled"],
+            kill_after=kill_after,
+        )
+        one.fit(2, resume="auto")
+        return states(one)
+
+    expected = run("through")
+    for kill_after in (2, 3, 4, 9, 11):
+        with pytest.raises(Killed):
+            run(str(kill_after), kill_after)
+        assert_same(run(str(kill_after)), expected)
+
+
+def test_a_fit_that_was_stopped_after_a_step_is_over(tmp_path):
+    for _ in range(3):
+        one = make(tmp_path, Ends(CancelFit, 7), loader=LOADERS["shuffled"])
+        one.fit(4, resume="auto")
+        assert one.history[TrainingPhase].steps == 7
+        assert one.stopped.reason == "enough"
+
+
+def test_a_nan_is_no_end_of_the_story(tmp_path):
+    one = make(tmp_path, StopOnNaNLoss(), loader=LOADERS["shuffled"])
+
+    @one.on(LossBegin, TrainingPhase, reads=("history", "step"), writes=("step.outputs",))
+    def break_down(learner):
+        if learner.history[TrainingPhase].steps == 7:
+            learner.step.outputs = learner.step.outputs * torch.nan
+
+    one.fit(2, resume="auto")
+    assert "NaN" in one.stopped.reason
+    mended = make(tmp_path, StopOnNaNLoss(), loader=LOADERS["shuffled"])
+    mended.fit(2, resume="auto")
+    through = make(tmp_path / "through", StopOnNaNLoss(), loader=LOADERS["shuffled"])
+    through.fit(2)
+    assert_same(weights(mended.model), weights(through.model))
+
+
+class Weighted(nn.Module):
+    """A loss with a parameter of its own, and buffers, one of which is in no state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.ones((), dtype=torch.float64))
+        self.register_buffer("last", torch.ones((), dtype=torch.float64), persistent=False)
+
+    def forward(self, outputs, targets):
+        loss = (outputs - targets).square().mean()
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        loss = loss * torch.exp(-self.weight) / self.last + self.weight * self.mean
+        self.last = loss.detach().abs() + 1
+        return loss
+
+
+def test_a_loss_function_what_trains_and_odd_optimizers_go_on(tmp_path):
+    def run(folder, kill_after=0):
+        torch.manual_seed(0)
+        model, loss_fn = net(), Weighted()
+        model[2].bias.requires_grad_(False)
+        optimizer = torch.optim.NAdam([*model.parameters(), *loss_fn.parameters()], lr=0.01)
+        callbacks = [History(), Checkpoints(tmp_path / folder, None, every_steps=1)]
+        one: Any = Learner(
+            model,
+            loss_fn,
+            optimizer=optimizer,
+            data=LOADERS["shuffled"](),
+            callbacks=[*callbacks, *[KillAfter(kill_after)] * bool(kill_after)],
+            default_callbacks=False,
+        )
+
+        @one.on(EpochBegin, reads=("history", "model"))
+        def unfreeze(learner):
+            if learner.history[TrainingPhase].epochs == 1:
+                learner.model[2].bias.requires_grad_(True)
+
+        one.fit(3, resume="auto")
+        state = one.state_dict()
+        return [state[name] for name in ("models", "optimizers", "unsaved_buffers", "trains")]
+
+    expected = run("through")
+    for kill_after in (3, 8, 13):
+        with pytest.raises(Killed):
+            run(str(kill_after), kill_after)
+        assert_same(run(str(kill_after)), expected)
+
+
+def test_the_newest_is_that_of_the_latest_run(tmp_path):
+    make(tmp_path, loader=LOADERS["shuffled"]).fit(2)
+    with pytest.raises(Killed):
+        make(tmp_path, loader=LOADERS["shuffled"], kill_after=3).fit(2)
+    assert newest(tmp_path) == tmp_path / "step_00000003"
+
+
+def test_a_learner_that_was_saved_before_its_fit_goes_on(tmp_path):
+    one = make(tmp_path, loader=LOADERS["shuffled"])
+    one.save(tmp_path / "start")
+    one.fit(1, resume="auto")
+    assert one.history[TrainingPhase].epochs == 1
+
+
+def test_data_may_hold_the_learner():
+    class Replay:
+        def __iter__(self):
+            yield from batches(2)
+
+    replay: Any = Replay()
+    one = learner(History(), data=(replay, replay))
+    replay.learner = one
+    one.fit(1)
+    assert one.history[TrainingPhase].steps == 2
 
 
 def test_the_progress_bar_begins_where_the_epoch_goes_on(tmp_path):

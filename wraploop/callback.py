@@ -279,6 +279,7 @@ class Callbacks:
                 except Cancel as error:
                     error.source = error.source or callback.unwrapped
                     cancel = graver(cancel, error)
+                    event.is_cancelling = True
             if cancel is not None:
                 raise _in_place(cancel, learner)
         finally:

@@ -104,7 +104,7 @@ def write(state: State, path: str | os.PathLike[str], steps: int = 0) -> None:
         FileExistsError: there is something that is no checkpoint.
         OSError: it cannot be written; what was there is as it was.
     """
-    path = Path(path)
+    path = Path(path).absolute()
     check_replaced(path)
     new = path.with_name(f".{path.name}.new")
     shutil.rmtree(new, ignore_errors=True)  # of a process that was killed
@@ -141,7 +141,7 @@ def read(path: str | os.PathLike[str]) -> State:
 def newest(folder: str | os.PathLike[str]) -> Path | None:
     """The newest checkpoint in a folder that is whole; warns of newer ones that are not."""
     candidates = sorted(_found(Path(folder)), reverse=True)
-    for *_, path in candidates:
+    for _, path in candidates:
         try:
             check_whole(path)
         except NotWhole as error:
@@ -177,7 +177,7 @@ def check_replaced(path: Path) -> None:
     Raises:
         FileExistsError: it is something else.
     """
-    is_checkpoint = path.is_dir() and ((path / _LIST).exists() or not os.listdir(path))
+    is_checkpoint = path.is_dir() and all(map(_is_of_one, path.iterdir()))
     if path.exists() and not is_checkpoint:
         raise FileExistsError(
             f"{path} is no checkpoint, and would be replaced by one. Give another path."
@@ -215,7 +215,7 @@ class Writer:
 def _write_and_remove(state: State, path: Path, steps: int, removed: list[Path]) -> None:
     write(state, path, steps)
     for each in removed:
-        shutil.rmtree(each, ignore_errors=True)
+        _remove(each)
 
 
 def _write_files(state: State, folder: Path) -> None:
@@ -231,14 +231,21 @@ def _write_files(state: State, folder: Path) -> None:
 def _parted(state: State) -> tuple[dict[str, dict[str, Tensor]], State]:
     """Weights by model, as `safetensors` takes them, and all the rest."""
     tensors = {
-        name: {key: value for key, value in each.items() if isinstance(value, Tensor)}
+        name: {key: value for key, value in each.items() if _fits(value)}
         for name, each in state["models"].items()
     }
     others = {
-        name: {key: value for key, value in each.items() if not isinstance(value, Tensor)}
+        name: {key: value for key, value in each.items() if not _fits(value)}
         for name, each in state["models"].items()
     }
     return tensors, {**state, "models": others}
+
+
+def _fits(value: Any) -> bool:
+    """Whether `safetensors` can hold it."""
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_quantized:
+        return False
+    return value.dtype not in (torch.complex128, torch.complex32)
 
 
 def _copied(value: Any, where: str) -> Any:
@@ -246,17 +253,23 @@ def _copied(value: Any, where: str) -> Any:
         own = value.detach().to("cpu", copy=True)
         return own if own.layout != torch.strided else own.contiguous()
     if isinstance(value, Mapping):
-        for key in value:
-            if not isinstance(key, (str, int, float, tuple)):
-                raise _not_plain(key, f"a key of {where}")
-        return {key: _copied(each, f"{where}[{key!r}]") for key, each in value.items()}
+        return {
+            _copied(key, f"a key of {where}"): _copied(each, f"{where}[{key!r}]")
+            for key, each in value.items()
+        }
     if isinstance(value, (list, tuple)):
         copies = [_copied(each, f"{where}[{index}]") for index, each in enumerate(value)]
         return tuple(copies) if isinstance(value, tuple) else copies
-    if isinstance(value, np.generic):  # which loading would have to execute
-        return value.item()
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype)):
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, (bool, torch.dtype)):
         return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of an Enum too: loading knows no class but Python's own
+    kinds: tuple[Any, ...] = (int, float, complex, bytes)
+    for kind in kinds:
+        if isinstance(value, kind):
+            return kind(value)
     raise _not_plain(value, where)
 
 
@@ -296,6 +309,16 @@ def _put(new: Path, path: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def _remove(path: Path) -> None:
+    """Removes a folder; a kill leaves none that looks like a checkpoint."""
+    old = _old(path)
+    try:
+        os.replace(path, old)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
@@ -305,18 +328,23 @@ def _replaced(path: Path) -> Path:
     return path if path.exists() or not _old(path).exists() else _old(path)
 
 
-def _found(folder: Path) -> list[tuple[float, int, Path]]:
-    """The checkpoints in a folder, each after how many steps and when; damaged ones as newest."""
-    found: list[tuple[float, int, Path]] = []
+def _found(folder: Path) -> list[tuple[float, Path]]:
+    """The checkpoints in a folder, with when they were made; those that do not say, as newest."""
+    found: list[tuple[float, Path]] = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.name.startswith(".") or not (path / _LIST).is_file():
             continue
         try:
             about = json.loads((path / _LIST).read_bytes())
-            found.append((about["steps"], about["made_ns"], path))
+            found.append((about["made_ns"], path))
         except (OSError, ValueError, KeyError, TypeError):
-            found.append((float("inf"), 0, path))
+            found.append((float("inf"), path))
     return found
+
+
+def _is_of_one(file: Path) -> bool:
+    """Whether the file's name is that of one in a checkpoint."""
+    return file.name in (_LIST, _REST) or file.suffix == _WEIGHTS
 
 
 def _inside(path: Path) -> list[str]:

@@ -15,18 +15,24 @@ has `state_dict` and `load_state_dict`, as torchdata's `StatefulDataLoader`, is 
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from wraploop.data import ShardedBatches
 from wraploop.processes import random_state
 
-_DEEP = 4  # a loader's batch sampler's sampler's generator
+_MOST = 10_000  # objects that are looked at
+_LONG = 100  # what is longer holds samples
 
 State = dict[str, Any]
 
@@ -77,25 +83,30 @@ _NUMPYS = _Kind(
     lambda each: _as_lists(each.bit_generator.state),
     lambda each, state: setattr(each.bit_generator, "state", state),
 )
-_STATEFUL = _Kind(lambda each: each.state_dict(), lambda each, state: each.load_state_dict(state))
+_OLD_NUMPYS = _Kind(
+    lambda each: _as_lists(each.get_state(legacy=False)),
+    lambda each, state: each.set_state(state),
+)
+_STATEFUL = _Kind(
+    lambda each: copy.deepcopy(each.state_dict()), lambda each, state: each.load_state_dict(state)
+)
 _EPOCHS = _Kind(lambda each: each.epoch, lambda each, state: each.set_epoch(state))
 
 
-def _generators(batches: Any) -> Iterator[tuple[str, _Kind, Any]]:
-    """What has a random state of its own, below the batches' attributes, by path."""
+def _generators(data: Any) -> Iterator[tuple[str, _Kind, Any]]:
+    """What has a random state of its own, in the data's attributes and theirs, by path."""
     seen: set[int] = set()
-    waiting = [("", batches, 0)]
-    while waiting:
-        path, each, depth = waiting.pop(0)
+    waiting = deque([("", data)])
+    while waiting and len(seen) < _MOST:
+        path, each = waiting.popleft()
         if id(each) in seen:
             continue
         seen.add(id(each))
         kind = _kind(each)
         if kind:
             yield path, kind, each
-        if kind in (None, _EPOCHS) and depth < _DEEP and _is_entered(each):
-            below = sorted(vars(each).items())
-            waiting += [(f"{path}.{name}", value, depth + 1) for name, value in below]
+        if kind in (None, _EPOCHS):
+            waiting += [(f"{path}.{name}", part) for name, part in _parts(each)]
 
 
 def _kind(each: Any) -> _Kind | None:
@@ -106,20 +117,33 @@ def _kind(each: Any) -> _Kind | None:
         return _PYTHONS
     if numpy and isinstance(each, numpy.random.Generator):
         return _NUMPYS
+    if numpy and isinstance(each, numpy.random.RandomState):
+        return _OLD_NUMPYS
     if _has_state(each):
         return _STATEFUL
     return _EPOCHS if hasattr(each, "set_epoch") and hasattr(each, "epoch") else None
 
 
 def _has_state(each: Any) -> bool:
-    is_other = isinstance(each, (type, nn.Module, ShardedBatches))
-    return not is_other and hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
+    is_learners = isinstance(each, (nn.Module, Optimizer)) or hasattr(each, "callbacks")
+    if is_learners or isinstance(each, (type, ShardedBatches)):
+        return False
+    return hasattr(each, "state_dict") and hasattr(each, "load_state_dict")
 
 
-def _is_entered(each: Any) -> bool:
-    module = type(each).__module__
-    is_plain = isinstance(each, (type, nn.Module, Tensor)) or callable(each)
-    return hasattr(each, "__dict__") and not is_plain and module != "builtins"
+def _parts(each: Any) -> list[tuple[str, Any]]:
+    """What may hold a generator, by name: not what is plain, large, or of a model."""
+    if isinstance(each, Mapping):
+        return [(str(name), part) for name, part in each.items()] if len(each) <= _LONG else []
+    if isinstance(each, (list, tuple)):
+        return [(str(i), part) for i, part in enumerate(each)] if len(each) <= _LONG else []
+    if isinstance(each, partial):
+        return [("func", each.func), ("args", each.args), ("keywords", each.keywords)]
+    if isinstance(each, MethodType):
+        return [("self", each.__self__)]
+    if isinstance(each, (type, nn.Module, Optimizer, Tensor, FunctionType, ModuleType)):
+        return []
+    return sorted(vars(each).items()) if hasattr(each, "__dict__") else []
 
 
 def _as_lists(state: Any) -> Any:

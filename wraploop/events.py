@@ -28,6 +28,7 @@ class Event:
     """
 
     end: ClassVar[type[Event] | None] = None
+    is_cancelling = False  # a callback has cancelled at it, which acts when all have been called
 
 
 class FitEnd(Event):

@@ -52,6 +52,8 @@ def reads_by_index(batches: Any) -> bool:
     """Whether samples are read one by one, by indices that a batch sampler gives."""
     if not isinstance(batches, DataLoader) or batches.batch_sampler is None:
         return False
+    if type(batches).__iter__ is not DataLoader.__iter__:  # what it does there is not known
+        return False
     return not isinstance(batches.dataset, IterableDataset)
 
 

@@ -67,8 +67,9 @@ class Phase(ABC):
         """Takes over what `state_dict` has returned."""
         for name, value in state.items():
             now = vars(self).get(name)
-            is_tensor = isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor)
-            vars(self)[name] = value.to(now.device) if is_tensor else value
+            if isinstance(value, torch.Tensor) and isinstance(now, torch.Tensor):
+                value = value.to(now.device)
+            vars(self)[name] = value
 
     def note(self) -> None:
         """Remembers what its attributes are before it runs; the learner calls it, and only once."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from wraploop import processes
 from wraploop.callbacks.checkpoints import Checkpoints
 from wraploop.checkpoint import newest, read_alike
-from wraploop.state import State, own_draws, part_if_new, put_state
+from wraploop.state import State, own_draws, part_if_new, put_state, put_trains
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -44,6 +44,7 @@ class Resumption:
         assert self._state is not None
         self._are_alike = processes.draw_alike()
         put_state(learner, self._state)
+        put_trains(learner, self._state)
         self._put_draws()
 
     def in_fit(self, learner: Learner) -> None:
@@ -85,7 +86,7 @@ def resumption_of(
     if path is None:
         return None
     state = read_alike(path)
-    saved = state["position"]
+    saved = state["position"] or {"fit": 0, "stopped": None}  # saved before any fit
     if resume == AUTO and saved["fit"] < position.fit:
         return None
     if resume == AUTO and saved["fit"] > position.fit:

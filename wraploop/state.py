@@ -1,7 +1,8 @@
 """What a learner is at one moment: all that training needs to go on exactly from there.
 
-models       by name, under the plain model's keys
+models       by name, under the plain model's keys; a loss function that has a state is one too
 gradients    by model, those that are there: a phase may add them up over steps
+trains       by model, which parameters do; only a fit that goes on puts them back
 optimizers   by name, with their kind
 callbacks    by class, what their `state_dict` returns
 position     where the fit is, if there was one, and its phases' states
@@ -14,7 +15,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from wraploop import processes
 from wraploop.callback import Callback
@@ -30,8 +34,10 @@ def state_of(learner: Learner) -> State:
     """The state of a learner; every process has to ask for it. Tensors in it are the learner's."""
     position = learner.position
     return {
-        "models": {name: _plain_keys(each.state_dict()) for name, each in learner.models.items()},
-        "gradients": {name: _gradients(each) for name, each in learner.models.items()},
+        "models": {name: _plain_keys(each.state_dict()) for name, each in _modules(learner)},
+        "gradients": {name: _gradients(each) for name, each in _modules(learner)},
+        "unsaved_buffers": {name: _unsaved_buffers(each) for name, each in _modules(learner)},
+        "trains": {name: _trains(each) for name, each in _modules(learner)},
         "optimizers": {
             name: {"kind": type(each).__name__, "state": each.state_dict()}
             for name, each in learner.optimizers.items()
@@ -53,12 +59,13 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
     """
     _check_models(learner, state["models"])
     _check_optimizers(learner, state["optimizers"])
-    for name, model in learner.models.items():
+    for name, model in _modules(learner):
         keys = {_plain_key(key): key for key in model.state_dict()}
         model.load_state_dict({keys[key]: each for key, each in state["models"][name].items()})
         _put_gradients(model, state["gradients"][name])
+        _put_unsaved_buffers(model, state["unsaved_buffers"][name])
     for name, optimizer in learner.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name]["state"])
+        _put_optimizer(optimizer, state["optimizers"][name]["state"])
     for name, callback in _callbacks(learner).items():
         if name in state["callbacks"]:
             callback.load_state_dict(state["callbacks"][name])
@@ -67,6 +74,13 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
     draws, are_alike = own_draws(state), processes.draw_alike()
     put_draws(draws["now"])
     part_if_new(state, are_alike)
+
+
+def put_trains(learner: Learner, state: Mapping[str, Any]) -> None:
+    """Has the parameters train that trained."""
+    for name, model in _modules(learner):
+        for key, parameter in _plain_keys(dict(model.named_parameters())).items():
+            parameter.requires_grad_(state["trains"][name][key])
 
 
 def own_draws(state: Mapping[str, Any]) -> State:
@@ -90,6 +104,40 @@ def part_if_new(state: Mapping[str, Any], are_alike: bool) -> None:
         processes.part_random_states()
 
 
+def _modules(learner: Learner) -> list[tuple[str, nn.Module]]:
+    """The models by name, and the loss function, if it has a state."""
+    loss_fn: Any = learner.loss_fn
+    has_state = isinstance(loss_fn, nn.Module) and loss_fn.state_dict()
+    return [*learner.models.items(), *([("loss_fn", loss_fn)] if has_state else [])]
+
+
+def _unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that are in no `state_dict`."""
+    saved = model.state_dict()
+    return {key: each for key, each in model.named_buffers() if key not in saved}
+
+
+@torch.no_grad()
+def _put_unsaved_buffers(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
+    for key, buffer in _unsaved_buffers(model).items():
+        if key in saved and saved[key].shape == buffer.shape:
+            buffer.copy_(saved[key])
+
+
+def _trains(model: nn.Module) -> dict[str, bool]:
+    named = _plain_keys(dict(model.named_parameters()))
+    return {key: each.requires_grad for key, each in named.items()}
+
+
+def _put_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    optimizer.load_state_dict(dict(saved))
+    mine = optimizer.state_dict()["state"]
+    for index, values in saved["state"].items():  # torch gives them the parameter's dtype
+        for key, value in values.items() if isinstance(values, Mapping) else ():
+            if isinstance(value, Tensor) and value.dtype != mine[index][key].dtype:
+                mine[index][key] = value.to(mine[index][key].device, copy=True)
+
+
 def _plain_key(key: str) -> str:
     """The key without what `torch.compile` puts into it."""
     return key.replace("_orig_mod.", "")
@@ -111,12 +159,13 @@ def _put_gradients(model: nn.Module, gradients: Mapping[str, Tensor]) -> None:
 
 
 def _check_models(learner: Learner, saved: Mapping[str, Any]) -> None:
-    if saved.keys() != learner.models.keys():
+    mine = dict(_modules(learner))
+    if saved.keys() != mine.keys():
         raise ValueError(
             f"The checkpoint is of models {', '.join(saved)}, and the learner's are "
-            f"{', '.join(learner.models)}."
+            f"{', '.join(mine)}."
         )
-    for name, model in learner.models.items():
+    for name, model in mine.items():
         wrong = _differences(_plain_keys(model.state_dict()), saved[name])
         if wrong:
             raise RuntimeError(f"The checkpoint of {name} does not fit: {'; '.join(wrong)}.")
@@ -125,7 +174,7 @@ def _check_models(learner: Learner, saved: Mapping[str, Any]) -> None:
 def _differences(mine: State, theirs: Mapping[str, Any]) -> list[str]:
     wrong = [f"it has no {key}" for key in mine if key not in theirs]
     wrong += [f"the model has no {key}" for key in theirs if key not in mine]
-    for key in (key for key in mine if key in theirs):
+    for key in (key for key in mine if key in theirs and not is_lazy(mine[key])):
         shapes = [tuple(getattr(each[key], "shape", ())) for each in (theirs, mine)]
         if shapes[0] != shapes[1]:
             wrong.append(f"size mismatch for {key}: {shapes[0]}, and the model has {shapes[1]}")

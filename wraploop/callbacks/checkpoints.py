@@ -23,6 +23,10 @@ from wraploop.phases import AbstractTrainingPhase, Phase
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
+    from wraploop.position import Position
+
+
+_LONGEST = 100  # of a metric's name in that of a folder
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,18 @@ class Checkpoints(Callback):
             ends, one could not be written.
     """
 
-    reads = ("callbacks", "history", "metrics", "model", "optimizer", "phases", "position", "step")
+    reads = (
+        "callbacks",
+        "history",
+        "metrics",
+        "model",
+        "optimizer",
+        "phases",
+        "position",
+        "step",
+        "event",
+        "running",
+    )
 
     def __init__(
         self,
@@ -87,7 +102,8 @@ class Checkpoints(Callback):
             )
         if Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"Checkpoints go to a folder, and {str(folder)!r} is a file.")
-        self.folder, self.watched, self.mode = Path(folder), Watched(metric, phase), mode
+        self.folder, self.mode = Path(folder).absolute(), mode
+        self.watched = Watched(metric, phase)
         self.keep_top_k, self.keep_latest = keep_top_k, keep_latest
         self.every_epochs, self.every_steps = every_epochs, every_steps
         self.saved: list[Saved] = []
@@ -130,6 +146,8 @@ class Checkpoints(Callback):
     @on(StepEnd)
     def save_step(self, learner: Learner) -> None:
         """Saves, if it is time; and if the process has been told to end, it does."""
+        if (learner.event and learner.event.is_cancelling) or not _is_in_fits_own_epoch(learner):
+            return  # there is no going on from here; another step will do
         steps = steps_of(learner)
         is_leaving = self._leaving.is_due()
         trains = isinstance(learner.phase, AbstractTrainingPhase) and not learner.step.cancelled
@@ -152,7 +170,7 @@ class Checkpoints(Callback):
             self._save(learner, Saved(f"epoch_{epoch:04}", epoch))
             return
         value = self.watched.value(learner)
-        metric = self.watched.metric.replace(os.sep, "_")
+        metric = _file_name(self.watched.metric)
         self._save(learner, Saved(f"epoch_{epoch:04}_{metric}_{value:.6g}", epoch, value))
 
     @on(FitEnd)
@@ -160,7 +178,7 @@ class Checkpoints(Callback):
         """Saves that the fit is over, if a callback stopped it; waits until all is written."""
         self._leaving.end()
         position = learner.position
-        if position and position.stopped and position.running and position.running.is_over:
+        if position and position.stopped and not (learner.step.cancelled and _is_cut(position)):
             self._save(learner, Saved(f"step_{steps_of(learner):08}"))
         if learner.position and learner.position.broken:
             self._writer.wait()
@@ -183,7 +201,8 @@ class Checkpoints(Callback):
 
     def _found(self) -> list[Saved]:
         """What lies in the folder after epochs, by its name."""
-        metric = rf"_{re.escape(self.watched.metric)}_(\S+)" if self.watched.metric else "()"
+        named = self.watched.metric and re.escape(_file_name(self.watched.metric))
+        metric = rf"_{named}_(\S+)" if named else "()"
         name = re.compile(rf"epoch_(\d+){metric}")
         there = map(name.fullmatch, os.listdir(self.folder) if self.folder.is_dir() else [])
         return [Saved(each[0], int(each[1]), float(each[2] or "nan")) for each in there if each]
@@ -217,3 +236,18 @@ class Checkpoints(Callback):
     def __repr__(self) -> str:
         kept = f"{self.watched.metric!r}, mode={self.mode!r}, keep_top_k={self.keep_top_k}"
         return f"Checkpoints({str(self.folder)!r}, {kept})"
+
+
+def _is_in_fits_own_epoch(learner: Learner) -> bool:
+    """Whether the epoch is not one that a callback runs within a fit: a position knows none."""
+    position = learner.position
+    return position is None or position.running in (None, learner.running)
+
+
+def _is_cut(position: Position) -> bool:
+    """Whether the fit has ended in the middle of an epoch."""
+    return position.running is not None and not position.running.is_over
+
+
+def _file_name(metric: str) -> str:
+    return re.sub(r"[^\w.=-]", "_", metric)[:_LONGEST]
