@@ -337,6 +337,10 @@ def in_one_of_two_processes(rank: int, folder: str) -> None:
         model = noisy if kind == "global" else quiet
         run_killed(own, kind, model)
         assert_goes_on(own, kind, model, rtol=0, atol=0)
+        if kind == "local":
+            assert_goes_on(own, "global", rtol=1e-8, atol=1e-14)
+            run_killed(own.with_name("quiet"), "global")
+            assert_goes_on(own.with_name("quiet"), "local", rtol=1e-8, atol=1e-14)
         of_one = "stream" if kind == "local stream" else "none"
         assert_goes_on(Path(folder) / "one" / of_one, kind, rtol=1e-8, atol=1e-14)
 

@@ -50,7 +50,12 @@ def save(learner: Learner, path: str | os.PathLike[str]) -> None:
         PeerError: rank 0 has got such an error.
     """
     state = learner.state_dict()
-    processes.on_main(lambda: write(copied(state), path, steps_of(learner)))
+
+    def write_on_main() -> None:
+        if processes.is_main_process():
+            write(copied(state), path, steps_of(learner))
+
+    processes.on_main(write_on_main)
 
 
 def steps_of(learner: Learner) -> int:

@@ -59,12 +59,12 @@ class Resumption:
             self._is_in_epoch = False
             self.load(learner)
             self._state = None
-            draws = own_draws(self._processes)
+            draws = own_draws(self._processes, self._are_alike)
             learner.running.go_on(self._place["batch"], draws, self._put_draws)
 
     def _put_draws(self) -> None:
         if self._place:
-            self._position.put_draws(own_draws(self._processes))
+            self._position.put_draws(own_draws(self._processes, self._are_alike))
             part_if_new(self._processes, self._are_alike)
 
 

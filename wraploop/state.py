@@ -71,8 +71,8 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
             callback.load_state_dict(state["callbacks"][name])
         else:
             callback.attach(learner)
-    draws, are_alike = own_draws(state), processes.draw_alike()
-    put_draws(draws["now"])
+    are_alike = processes.draw_alike()
+    put_draws(own_draws(state, are_alike)["now"])
     part_if_new(state, are_alike)
 
 
@@ -83,24 +83,21 @@ def put_trains(learner: Learner, state: Mapping[str, Any]) -> None:
             parameter.requires_grad_(state["trains"][name][key])
 
 
-def own_draws(state: Mapping[str, Any]) -> State:
-    """What this process drew from; rank 0's where there was no such process."""
+def own_draws(state: Mapping[str, Any], are_alike: bool) -> State:
+    """What this process drew from; rank 0 where all draw alike, or there was no such process."""
     saved, rank = state["processes"], processes.rank()
-    return saved[rank] if rank < len(saved) else saved[0]
+    return saved[0] if are_alike or rank >= len(saved) else saved[rank]
 
 
 def part_if_new(state: Mapping[str, Any], are_alike: bool) -> None:
-    """Has as many processes as there are draw alike or not, where there were not as many.
+    """Has each process draw its own numbers, where those that were saved did otherwise.
 
     Args:
         state: the state.
-        are_alike: whether the processes drew the same numbers before it was put.
+        are_alike: whether the processes drew the same numbers before it was put, and shall.
     """
-    if len(state["processes"]) == processes.world_size():
-        return
-    if are_alike:
-        processes.align_random_state()
-    else:
+    is_new = len(state["processes"]) != processes.world_size()
+    if not are_alike and (is_new or processes.draw_alike()):
         processes.part_random_states()
 
 
@@ -134,8 +131,9 @@ def _put_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     mine = optimizer.state_dict()["state"]
     for index, values in saved["state"].items():  # torch gives them the parameter's dtype
         for key, value in values.items() if isinstance(values, Mapping) else ():
-            if isinstance(value, Tensor) and value.dtype != mine[index][key].dtype:
-                mine[index][key] = value.to(mine[index][key].device, copy=True)
+            now = mine[index].get(key)
+            if isinstance(value, Tensor) and isinstance(now, Tensor) and value.dtype != now.dtype:
+                mine[index][key] = value.to(now.device, copy=True)
 
 
 def _plain_key(key: str) -> str:

@@ -68,16 +68,8 @@ class Checkpoints(Callback):
     """
 
     reads = (
-        "callbacks",
-        "history",
-        "metrics",
-        "model",
-        "optimizer",
-        "phases",
-        "position",
-        "step",
-        "event",
-        "running",
+        *("callbacks", "event", "history", "metrics", "model", "optimizer"),
+        *("phases", "position", "running", "step"),
     )
 
     def __init__(
@@ -193,6 +185,8 @@ class Checkpoints(Callback):
         processes.on_main(lambda: self._write(state, new, removed, steps_of(learner)))
 
     def _write(self, state: dict[str, Any], new: Saved, removed: list[Saved], steps: int) -> None:
+        if not processes.is_main_process():
+            return
         path = self.folder / new.name
         check_replaced(path)
         paths = [self.folder / each.name for each in removed]
