@@ -87,6 +87,16 @@ def tell(process, folder, number, pid=None):
     return time.monotonic() - begun_s
 
 
+def test_killed_it_comes_to_what_it_would_have_undisturbed(tmp_path):
+    expected = end_through(tmp_path / "through")
+    faults = [{"kind": "kill", "rank": 1, "step": 9}]
+    status, _, err = run(tmp_path / "killed", faults, restarts=1)
+    assert status == 0, err
+    assert happened(tmp_path / "killed") == 1
+    assert_same(end_of(tmp_path / "killed"), expected)
+
+
+@pytest.mark.slow
 def test_killed_and_told_to_end_it_comes_to_what_it_would_have_undisturbed(tmp_path):
     expected = end_through(tmp_path / "through")
     folder = tmp_path / "disturbed"

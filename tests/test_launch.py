@@ -150,6 +150,7 @@ def test_an_exception_in_one_process_ends_all_and_its_traceback_is_last():
     assert re.search(r"rank +: 1 .*ending\.py.*KeyError: 'sample 17'", cause, re.S)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_with_one_traceback():
     ended = end("none", 2, signal.SIGINT)
     assert ended.code

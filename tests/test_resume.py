@@ -283,7 +283,7 @@ WRAPPED: dict[str, Any] = {
         lambda: shard(DataLoader(Stream(noise=0), 4)),
     ),
 }
-KILL_AFTER = (3, 5, 12)
+KILL_AFTER = (3, 12)
 
 
 def make_wrapped(folder, kind, kill_after=0, model=quiet):
