@@ -53,7 +53,11 @@ def shard(batches: Iterable[Any]) -> ShardedBatches:
 
 
 class ShardedBatches:
-    """What `shard` returns. It can be iterated as often as `batches`, and has its attributes."""
+    """What `shard` returns. It can be iterated as often as `batches`, and has its attributes.
+
+    Attributes:
+        whole: the batches that it takes its rows of.
+    """
 
     def __init__(self, batches: Iterable[Any]) -> None:
         sampler = getattr(batches, "sampler", None)
@@ -62,47 +66,47 @@ class ShardedBatches:
                 "The loader has a DistributedSampler, which cuts the data into shards already, and "
                 "not into those of one process's batches. Give shard() a loader without it."
             )
-        self._batches = batches
+        self.whole = batches
         self._loader: DataLoader[Any] | None = None
 
     def __iter__(self) -> Iterator[Any]:
         processes.start()
         if processes.world_size() == 1:
-            return iter(self._batches)
+            return iter(self.whole)
         return self._sharded(0, _go_on)
 
     def after(self, count: int, ready: Callable[[], None]) -> Iterator[Any]:
         """The batches but the first `count`; see `later.batches_after`."""
         processes.start()
         if processes.world_size() == 1:
-            return batches_after(self._batches, count, ready)
-        if reads_by_index(self._batches) and not self.num_workers:
+            return batches_after(self.whole, count, ready)
+        if reads_by_index(self.whole) and not self.num_workers:
             return self._sharded(count, ready)
         return iter(Later(self._sharded(0, _go_on), count, ready))
 
     def _sharded(self, count: int, ready: Callable[[], None]) -> Iterator[Any]:
         state = _RandomState()
-        if not reads_by_index(self._batches):
+        if not reads_by_index(self.whole):
             return self._cut(state)
         return self._read(self._own_loader(state), state, count, ready)
 
     def __len__(self) -> int:
-        return len(self._batches)  # pyright: ignore[reportArgumentType]
+        return len(self.whole)  # pyright: ignore[reportArgumentType]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        return getattr(self._batches, name)
+        return getattr(self.whole, name)
 
     def _cut(self, state: _RandomState) -> Iterator[Any]:
         """This process's rows of whole batches."""
-        for batch in state.iterated(self._batches):
+        for batch in state.iterated(self.whole):
             rows = _count_rows(batch)
             yield _rows(batch, own_rows(rows), rows)
 
     def _own_loader(self, state: _RandomState) -> Any:
         """A loader of this process's samples alone."""
-        source: Any = self._batches
+        source: Any = self.whole
         is_new = self._loader is None
         if is_new:
             self._loader = loader_of(source, _OwnIndices(source.batch_sampler), torch.Generator())

@@ -96,7 +96,7 @@ _EPOCHS = _Kind(lambda each: each.epoch, lambda each, state: each.set_epoch(stat
 def _generators(data: Any) -> Iterator[tuple[str, _Kind, Any]]:
     """What has a random state of its own, in the data's attributes and theirs, by path."""
     seen: set[int] = set()
-    waiting = deque([("", data)])
+    waiting = deque([("", data.whole if isinstance(data, ShardedBatches) else data)])
     while waiting and len(seen) < _MOST:
         path, each = waiting.popleft()
         if id(each) in seen:
