@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 _LOOK_EVERY_S = 0.5
 _ANSWER_WITHIN_S = 2.5
+_END_WITHIN_S = 10.0  # the store may be slow to answer on a busy machine
 
 
 class Watch:
@@ -46,7 +47,7 @@ class Watch:
         """Stops looking: a thread that is in the store when Python ends would abort the process."""
         atexit.unregister(self.end)
         self._ended.set()
-        self._thread.join(_ANSWER_WITHIN_S)
+        self._thread.join(_END_WITHIN_S)
 
     def is_of(self, store: Any) -> bool:
         """Whether this is the watch over the processes that share `store`, and goes on."""
