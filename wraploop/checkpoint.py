@@ -2,7 +2,7 @@
 
     model.safetensors   a model's weights, for each model by its name, under the plain model's keys
     learner.pt          everything else that is in `state`; loading executes nothing of it
-    checkpoint.json     how far training was, and the size and SHA-256 of the other files
+    checkpoint.json     when it was made, how far training was, and the other files' SHA-256
 
 A checkpoint is written beside its place, flushed to the disk, and renamed when it is whole. What
 was in its place is renamed too, and is found if the process is killed between the two.
@@ -103,7 +103,7 @@ def write(state: State, path: str | os.PathLike[str], steps: int = 0) -> None:
     Args:
         state: of a learner.
         path: the folder; it appears when it is whole.
-        steps: how many training steps had been made, by which the newest is found.
+        steps: how many training steps had been made, for whoever looks into the folder.
 
     Raises:
         FileExistsError: there is something that is no checkpoint.

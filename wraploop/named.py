@@ -105,6 +105,11 @@ def models(model: Models) -> nn.Module | Named:
     return found
 
 
+def plain_key(key: str) -> str:
+    """A parameter's key without what `torch.compile` puts into it."""
+    return key.replace("_orig_mod.", "")
+
+
 def params(model: nn.Module | Named) -> Any:
     """The parameters of the one model, or of each by name."""
     lists = {name: list(each.parameters()) for name, each in by_name(model, "model").items()}

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from wraploop import processes
 from wraploop.callback import Callback
 from wraploop.draws import draws_of, put_draws
+from wraploop.named import plain_key
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -60,7 +61,7 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
     _check_models(learner, state["models"])
     _check_optimizers(learner, state["optimizers"])
     for name, model in _modules(learner):
-        keys = {_plain_key(key): key for key in model.state_dict()}
+        keys = {plain_key(key): key for key in model.state_dict()}
         model.load_state_dict({keys[key]: each for key, each in state["models"][name].items()})
         _put_gradients(model, state["gradients"][name])
         _put_unsaved_buffers(model, state["unsaved_buffers"][name])
@@ -136,13 +137,8 @@ def _put_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 mine[index][key] = value.to(now.device, copy=True)
 
 
-def _plain_key(key: str) -> str:
-    """The key without what `torch.compile` puts into it."""
-    return key.replace("_orig_mod.", "")
-
-
 def _plain_keys(named: Mapping[str, Any]) -> State:
-    return {_plain_key(key): value for key, value in named.items()}
+    return {plain_key(key): value for key, value in named.items()}
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
 from wraploop.callbacks.updates import AroundUpdates, has_update, parameters_of
+from wraploop.named import plain_key
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -136,7 +137,7 @@ def _copies(learner: Learner, name: str) -> dict[str, Tensor]:
 def _weights(learner: Learner, name: str) -> Iterator[tuple[str, Tensor]]:
     """A model's parameters, by the names that they have without `torch.compile` around it."""
     for key, parameter in learner.models[name].named_parameters():
-        yield key.removeprefix("_orig_mod."), parameter
+        yield plain_key(key), parameter
 
 
 def _copy(values: Tensor, like: Tensor) -> Tensor:

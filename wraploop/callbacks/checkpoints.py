@@ -172,7 +172,7 @@ class Checkpoints(Callback):
         position = learner.position
         if position and position.stopped and not (learner.step.cancelled and _is_cut(position)):
             self._save(learner, Saved(f"step_{steps_of(learner):08}"))
-        if learner.position and learner.position.broken:
+        if position and position.broken:
             self._writer.wait()
         else:
             processes.on_main(self._writer.wait)
