@@ -1,9 +1,9 @@
 """A channel between processes on which no rank can take what was meant for something else.
 
-Every exchange begins with a frame of one fixed size, in which each rank says what it is doing. Only
-when all say the same does anything else cross. So ranks that do different things get an error that
-says what each was doing, instead of each other's numbers or a hang; and a rank that fails says so
-in its next frame, whatever the others are waiting for.
+Every exchange begins with a frame, in which each rank says what it is doing. Only when all say the
+same is what follows it taken. So ranks that do different things get an error that says what each
+was doing, instead of each other's numbers or a hang; and a rank that fails says so in its next
+frame, whatever the others are waiting for.
 """
 
 from __future__ import annotations
@@ -11,24 +11,28 @@ from __future__ import annotations
 import math
 import struct
 import time
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .collectives import Collectives
+from .connecting import connect
 from .watch import watch
+from .wire import Wire
 
-_SIZE = 4096  # bytes of a frame
-_HEAD = struct.Struct("<BIIQ")  # failed? length of the text, number of facts, length of the payload
+_HEAD = struct.Struct("<BII")  # failed? length of the text, number of facts
 _MOST_TEXT = 1024
-_MOST_FACTS = 128
 _FAREWELL_S = 5.0
+_TIMEOUT_S = 1800.0  # torch's own, for gloo
 
+T = TypeVar("T")
 
-_unfinished: list[Any] = []  # what was no longer waited for
+_wires: weakref.WeakKeyDictionary[Any, Wire | Collectives] = weakref.WeakKeyDictionary()
 
 
 class PeerError(RuntimeError):
@@ -48,17 +52,22 @@ class Channel:
 
     Args:
         group: the process group; None is the default one.
-        timeout_s: how long to wait for the others, in seconds.
+        timeout_s: how long to wait for the others, in seconds; None is half an hour.
     """
 
     def __init__(self, group: Any = None, timeout_s: float | None = None) -> None:
-        self.group = group
-        self.rank = dist.get_rank(group)
-        self.world_size = dist.get_world_size(group)
+        self._collectives = Collectives(group)
+        self.rank = self._collectives.rank
+        self.world_size = self._collectives.world_size
+        self._of = group or dist.group.WORLD
         self._facts: list[tuple[str, float]] = []
         self._watch = watch()
         self._advice: dict[str, str] = {}
-        self._timeout = None if timeout_s is None else timedelta(seconds=timeout_s)
+        self._timeout_s = _TIMEOUT_S if timeout_s is None else timeout_s
+
+    def is_open(self) -> bool:
+        """Whether its process group still is the one that there is."""
+        return dist.is_initialized() and self._of is (self._collectives.group or dist.group.WORLD)
 
     def agree(self, what: str, facts: list[float], advice: str) -> None:
         """Has the next exchange check that `facts`, see `fingerprint`, are alike on all ranks.
@@ -71,44 +80,39 @@ class Channel:
         self._facts += [(what, fact) for fact in facts]
         self._advice[what] = advice
 
-    def exchange(self, doing: str, payload: Tensor) -> list[Tensor]:
+    def exchange(self, doing: str, *payload: Tensor) -> list[Tensor]:
         """Every rank's `payload`, in the order of ranks.
 
         Args:
             doing: what this is for; the same on every rank.
-            payload: one axis, uint8, on the CPU; of any length.
+            payload: one axis each, uint8, on the CPU; of any length. They arrive as one.
 
         Raises:
             PeerError: on every rank, when a rank has failed or does something else, or what was to
                 be agreed on differs.
         """
         facts, self._facts = self._facts, []
-        about = ", ".join(dict.fromkeys(what for what, _ in facts))
+        whats = [what for what, _ in facts]
+        about = ", ".join(dict.fromkeys(whats))
         text = f"{doing}, with the {about}" if about else doing
-        own = Frame(text, [fact for _, fact in facts], len(payload))
         if self._watch:
             self._watch.doing = text
-        everyone = self._all_gather(own.packed(payload))
-        frames = [Frame.unpacked(frame) for frame in everyone]
-        self._check(frames, [what for what, _ in facts])
-        lengths = [frame.length for frame in frames]
-        if max(lengths) <= own.room:
-            start = _SIZE - own.room
-            return [f[start : start + n] for f, n in zip(everyone, lengths, strict=True)]
-        padded = torch.zeros(max(lengths), dtype=torch.uint8)
-        padded[: len(payload)] = payload
-        received = self._all_gather(padded)
-        return [part[:length] for part, length in zip(received, lengths, strict=True)]
+        own = Frame(text, [fact for _, fact in facts]).packed()
+        parts = [own, *(memoryview(part.numpy()) for part in payload)]
+        everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
+        frames = [Frame.unpacked(message) for message in everyone]
+        self._check(frames, whats)
+        return [_as_tensor(m[f.size :]) for m, f in zip(everyone, frames, strict=True)]
 
     def sum(self, flat: Tensor) -> Tensor:
         """The sum of every rank's `flat`, in place. After an `exchange` that has agreed on it."""
-        self._wait(dist.all_reduce(flat, group=self.group, async_op=True))
+        wire = self._wire() if flat.device.type == "cpu" else self._collectives
+        self._waited(lambda: wire.sum(flat, self._timeout_s))
         return flat
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrites `tensor` with rank 0's."""
-        source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
-        self._wait(dist.broadcast(tensor, source, group=self.group, async_op=True))
+        self._waited(lambda: self._collectives.broadcast(tensor, self._timeout_s))
 
     def fail(self, error: BaseException) -> bool:
         """Tells the others that this rank has failed, if they exchange anything soon.
@@ -117,17 +121,21 @@ class Channel:
             Whether they have heard it.
         """
         self._facts = []
-        text = f"{type(error).__name__}: {error}"
-        frame = Frame(text, [], 0, failed=True).packed(torch.empty(0, dtype=torch.uint8))
-        before, self._timeout = self._timeout, timedelta(seconds=_FAREWELL_S)
-        watching, self._watch = self._watch, None  # nobody is asked what they are doing
+        if self._of not in _wires:
+            return False  # they have not exchanged anything yet
+        frame = Frame(f"{type(error).__name__}: {error}", [], failed=True).packed()
         try:
-            self._all_gather(frame)
-        except PeerError:
+            self._wire().gather([frame], _FAREWELL_S)
+        except (TimeoutError, ConnectionError):
             return False  # they have gone, or are far away
-        finally:
-            self._timeout, self._watch = before, watching
         return True
+
+    def _wire(self) -> Wire | Collectives:
+        """What this group's processes speak by."""
+        if self._of not in _wires:
+            wire = connect(self._collectives, self._timeout_s)
+            _wires[self._of] = wire or self._collectives
+        return _wires[self._of]
 
     def _check(self, frames: list[Frame], whats: list[str]) -> None:
         for rank, frame in enumerate(frames):
@@ -149,19 +157,18 @@ class Channel:
                         f"Rank {rank} has another {what} than rank 0. {self._advice[what]}"
                     )
 
-    def _all_gather(self, own: Tensor) -> list[Tensor]:
-        everyone = [torch.empty_like(own) for _ in range(self.world_size)]
-        self._wait(dist.all_gather(everyone, own, group=self.group, async_op=True))
-        return everyone
+    def _waited(self, speak: Callable[[], T]) -> T:
+        """What `speak` returns, which waits for the others.
 
-    def _wait(self, work: Any) -> None:
+        Raises:
+            PeerError: they have not come, or have ended.
+        """
         watching, begun_s = self._watch, time.monotonic()
         if watching:
             watching.is_waiting = True
         try:
-            work.wait() if self._timeout is None else work.wait(self._timeout)
-        except RuntimeError as error:
-            _unfinished.append(work)
+            return speak()
+        except (TimeoutError, ConnectionError) as error:
             waited_s = time.monotonic() - begun_s
             doing = f" to {watching.doing}" if watching else ""
             others = f":\n{watching.ask()}\n" if watching else ". "
@@ -183,49 +190,35 @@ class Frame:
     Attributes:
         text: what the rank is doing, or why it failed.
         facts: numbers to be agreed on.
-        length: of the payload, in bytes, which stands in the frame itself if there is room.
         failed: whether the rank has failed.
+        size: of the frame, in bytes, once it has been unpacked.
     """
 
     text: str
     facts: list[float]
-    length: int
     failed: bool = False
+    size: int = 0
 
-    @property
-    def room(self) -> int:
-        """How many bytes of payload fit beside the rest."""
-        return _SIZE - len(self._head())
-
-    def packed(self, payload: Tensor) -> Tensor:
-        """The frame as bytes, with `payload` if there is room."""
-        head = self._head()
-        frame = torch.zeros(_SIZE, dtype=torch.uint8)
-        frame[: len(head)] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
-        if len(payload) <= self.room:
-            frame[len(head) : len(head) + len(payload)] = payload
-        return frame
+    def packed(self) -> bytes:
+        """The frame as bytes."""
+        text = self.text.encode()[:_MOST_TEXT]
+        head = _HEAD.pack(self.failed, len(text), len(self.facts))
+        return head + text + struct.pack(f"<{len(self.facts)}d", *self.facts)
 
     @classmethod
-    def unpacked(cls, frame: Tensor) -> Frame:
-        """The frame that was `packed`."""
-        raw = frame.numpy().tobytes()
-        failed, text, facts, length = _HEAD.unpack_from(raw)
-        end = _HEAD.size + text
-        values = struct.unpack_from(f"<{facts}d", raw, end)
-        return cls(
-            raw[_HEAD.size : end].decode(errors="replace"), list(values), length, bool(failed)
-        )
-
-    def _head(self) -> bytes:
-        text, facts = self.text.encode()[:_MOST_TEXT], self.facts[:_MOST_FACTS]
-        head = _HEAD.pack(self.failed, len(text), len(facts), self.length)
-        return head + text + struct.pack(f"<{len(facts)}d", *facts)
+    def unpacked(cls, message: memoryview) -> Frame:
+        """The frame that was `packed`, at the beginning of a message."""
+        failed, length, facts = _HEAD.unpack_from(message)
+        end = _HEAD.size + length
+        text = bytes(message[_HEAD.size : end]).decode(errors="replace")
+        values = struct.unpack_from(f"<{facts}d", message, end)
+        return cls(text, list(values), bool(failed), end + 8 * facts)
 
 
-def is_waited_for() -> bool:
-    """Whether the group still waits for an exchange that this process has given up."""
-    return not all(work.is_completed() for work in _unfinished)
+def _as_tensor(message: memoryview) -> Tensor:
+    if not message.nbytes:
+        return torch.empty(0, dtype=torch.uint8)
+    return torch.frombuffer(message, dtype=torch.uint8)
 
 
 def fingerprint(tensor: Tensor) -> float:

@@ -22,7 +22,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .channel import Channel, PeerError, is_waited_for
+from .channel import Channel, PeerError
+from .collectives import is_waited_for
 from .watch import default_store
 
 _FIRST = "wraploop/failed/first"

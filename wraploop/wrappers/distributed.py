@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from wraploop import processes
@@ -17,6 +18,7 @@ from .call import Call
 from .internals import is_transformed
 from .local_runner import LocalRunner, Reduction
 from .rank_runner import RankRunner
+from .tree import EXECUTION
 from .wrapper import ModelWrapper
 
 
@@ -128,7 +130,13 @@ class DistributedModel(ModelWrapper):
 
     def _runner(self) -> RankRunner | LocalRunner | None:
         """What runs the module; None where there are no other processes."""
-        return None if self._channel() is None else self._execution(self._make_runner)
+        if not processes.is_started() or dist.get_world_size(self._process_group) == 1:
+            return None
+        runner = self._execution(self._make_runner)
+        if not runner.channel.is_open():  # another process group has been started since
+            del self.__dict__[EXECUTION]
+            runner = self._execution(self._make_runner)
+        return runner
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:

@@ -55,7 +55,7 @@ class LocalRunner:
         self._synced = True
         self._unsynced: dict[int, Tensor] = {}
         self._sync_batchnorm = sync_batchnorm
-        self._channel = channel
+        self.channel = channel
         self._reduction = reduction
         self._name = type(module).__name__
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
@@ -66,13 +66,13 @@ class LocalRunner:
         """Makes `call` on this rank's `rows` rows; None if nothing in it has rows."""
         name = f"{self._name}.{call.method}"
         meets = self._meets(call)
-        counts = [1 if rows is None else rows] * self._channel.world_size
+        counts = [1 if rows is None else rows] * self.channel.world_size
         if meets:
             counts = self._counts(call, name, rows)
-        own = counts[self._channel.rank]
+        own = counts[self.channel.rank]
         weight = own / max(1, sum(counts)) if self._reduction == "mean" else float(own > 0)
         rank = Rank(
-            self._channel,
+            self.channel,
             counts,
             name,
             loss_weight=weight,
@@ -122,14 +122,14 @@ class LocalRunner:
         names = dict(self.module.named_parameters())
         if names:
             which = list(names)[self._calls % len(names)]
-            self._channel.agree(f"parameter {which!r}", [fingerprint(names[which])], _DIVERGED)
+            self.channel.agree(f"parameter {which!r}", [fingerprint(names[which])], _DIVERGED)
         random = random_fingerprint()
         drew, self._random = random != self._random, random
         told = [1 if rows is None else rows, _fingerprint_of_batch(call.inputs), random, drew]
         mine = torch.tensor(told, dtype=torch.float64)
         mode = "training" if self.module.training else "evaluation"
         accumulating = "" if self._synced else ", no_sync"
-        said = self._channel.exchange(f"run {name} ({mode}{accumulating})", pack(mine))
+        said = self.channel.exchange(f"run {name} ({mode}{accumulating})", pack(mine))
         counts, batches, randoms, drawn = zip(
             *(unpack(packed, [4], mine).tolist() for packed in said), strict=True
         )

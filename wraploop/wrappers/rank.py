@@ -15,8 +15,8 @@ from .batch import zeros_like_rows
 from .border import Move, weighted_mean
 from .shard import Shard, note
 
-_SMALL = 1 << 14  # bytes, up to which a sum is taken from everyone's terms in one exchange
-_USED, _DIFFERENTIABLE, _SPARSE = 1, 2, 4
+_SMALL = 1 << 18  # bytes that may come in when everyone's terms of a sum are sent to everyone
+USED, _DIFFERENTIABLE, SPARSE = 1, 2, 4
 
 
 class Rank(Shard):
@@ -113,14 +113,14 @@ class Rank(Shard):
             for i, (part, move) in enumerate(zip(parts, moves, strict=True))
             if part is not None and i not in apart and not part.is_sparse
         ]
-        own = torch.tensor([self.drew, *map(_flag, parts)], dtype=torch.uint8)
+        own = torch.tensor([self.drew, *map(flag_of, parts)], dtype=torch.uint8)
         doing = f"{doing} of {self.name}"
-        received = self.channel.exchange(doing, torch.cat([own, *map(pack, sent)]))
+        received = self.channel.exchange(doing, own, *map(pack, sent))
         self.drew = any(said[0] for said in received)
         received = [said[1:] for said in received]
-        flags = torch.stack([said[: len(parts)] for said in received])
+        flags = [said[: len(parts)] for said in received]
         used, differentiable, sparse = (
-            ((flags & bit) > 0).any(0).tolist() for bit in (_USED, _DIFFERENTIABLE, _SPARSE)
+            flags_of_all(flags, bit) for bit in (USED, _DIFFERENTIABLE, SPARSE)
         )
 
         wholes: list[Tensor | None] = [
@@ -129,7 +129,7 @@ class Rank(Shard):
         terms = [self._terms(rank, said, moves, like, apart) for rank, said in enumerate(received)]
         for i, (move, column) in enumerate(zip(moves, zip(*terms, strict=True), strict=True)):
             if sparse[i]:
-                wholes[i] = self._sparse_sum(doing, parts[i], like[i])
+                wholes[i] = self.sparse_sum(doing, parts[i], like[i])
             elif used[i] and i not in apart:
                 wholes[i] = self._joined(column, move)
         sums = [i for i in apart if used[i] and not sparse[i] and moves[i] == "sum"]
@@ -146,8 +146,8 @@ class Rank(Shard):
 
     def _apart(self, moves: Sequence[Move], like: list[Tensor]) -> set[int]:
         """What is not sent to everyone: what stays here, and sums large enough to be reduced."""
-        sums = [i for i, move in enumerate(moves) if move == "sum"]
-        large = sum(size_of(like[i].shape, like[i]) for i in sums) > _SMALL
+        sums = [like[i] for i, move in enumerate(moves) if move == "sum"]
+        large = not is_small(sums, self.channel.world_size)
         return {i for i, move in enumerate(moves) if move == "first" or (move == "sum" and large)}
 
     def _terms(
@@ -161,7 +161,7 @@ class Rank(Shard):
             shape = (rows, *model.shape[1:]) if move == "gather" else model.shape
             if i in apart:
                 terms.append(model)
-            elif said[i] & _USED and not said[i] & _SPARSE:
+            elif said[i] & USED and not said[i] & SPARSE:
                 end = start + size_of(shape, model)
                 terms.append(unpack(said[start:end], shape, model))
                 start = end
@@ -169,7 +169,7 @@ class Rank(Shard):
                 terms.append(model.new_zeros(shape))
         return terms
 
-    def _sparse_sum(self, doing: str, part: Tensor | None, like: Tensor) -> Tensor:
+    def sparse_sum(self, doing: str, part: Tensor | None, like: Tensor) -> Tensor:
         """The sum of sparse parts, sparse."""
         nothing = torch.empty(0, dtype=torch.uint8)
         packed = self.channel.exchange(f"{doing}, sparse", nothing if part is None else pack(part))
@@ -192,6 +192,18 @@ class Rank(Shard):
             yield from ((i, t.view_as(like[i])) for i, t in zip(indices, totals, strict=True))
 
 
+def is_small(tensors: Sequence[Tensor], world_size: int) -> bool:
+    """Whether it is quickest to send them to everyone."""
+    return (world_size - 1) * sum(size_of(t.shape, t) for t in tensors) <= _SMALL
+
+
+def flags_of_all(flags: Sequence[Tensor], bit: int) -> list[bool]:
+    """For each part whether some rank has set `bit` in its flag."""
+    return [
+        any(f & bit for f in column) for column in zip(*(f.tolist() for f in flags), strict=True)
+    ]
+
+
 def _total(terms: Sequence[Tensor]) -> Tensor:
     """The sum of the ranks' terms, in the order of ranks."""
     total = terms[0]
@@ -204,8 +216,9 @@ def _detached(part: Tensor | None) -> Tensor | None:
     return None if part is None else part.detach()
 
 
-def _flag(part: Tensor | None) -> int:
+def flag_of(part: Tensor | None) -> int:
+    """What is to be known of a part: whether there is one, with a derivative, sparse."""
     if part is None:
         return 0
-    flag = _USED | (_DIFFERENTIABLE if part.requires_grad else 0)
-    return flag | (_SPARSE if part.is_sparse else 0)
+    flag = USED | (_DIFFERENTIABLE if part.requires_grad else 0)
+    return flag | (SPARSE if part.is_sparse else 0)

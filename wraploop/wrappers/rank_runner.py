@@ -47,15 +47,15 @@ class RankRunner:
 
     def __init__(self, module: nn.Module, sync_batchnorm: bool, channel: Channel) -> None:
         self.module = module
-        self._channel = channel
+        self.channel = channel
         self._name = type(module).__name__
         self._probe = Probe(module) if sync_batchnorm else None
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
     def run(self, call: Call, rows: int) -> Nest:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
-        counts = [part.stop - part.start for part in split(rows, self._channel.world_size)]
-        rank = Rank(self._channel, counts, f"{self._name}.{call.method}")
+        counts = [part.stop - part.start for part in split(rows, self.channel.world_size)]
+        rank = Rank(self.channel, counts, f"{self._name}.{call.method}")
         try:
             return self._run(call, rank, rows)
         except BaseException as error:
@@ -69,7 +69,7 @@ class RankRunner:
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = call.inputs
         moves: list[Move] = [move_in(x) for x in inputs]
-        self._channel.agree("batch", [fingerprint(x) for x in inputs], ALL_PASS_ALL)
+        self.channel.agree("batch", [fingerprint(x) for x in inputs], ALL_PASS_ALL)
         tree, (replica,) = self._replicas.get([None])
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
@@ -85,7 +85,7 @@ class RankRunner:
         # Run
         keepsakes = Keepsakes(replica.hooks)
         before = [version_of(part) for part in taken]
-        with running(rank), own_noise(self._channel.rank) as noise, compiling(tree.is_compiled):
+        with running(rank), own_noise(self.channel.rank) as noise, compiling(tree.is_compiled):
             output = call.on(replica.module, taken)
         keepsakes.restore()
         rank.drew = noise.drew
@@ -129,7 +129,7 @@ class RankRunner:
         pairs = zip(changes.values(), maybe, strict=True)
         values = [signature(change.value) if may else math.nan for change, may in pairs]
         mine = torch.tensor([*maybe, *values, *map(signature, taken)], dtype=torch.float64)
-        said = self._channel.exchange("look at attributes", pack(mine))
+        said = self.channel.exchange("look at attributes", pack(mine))
         if any(len(packed) != 8 * len(mine) for packed in said):
             raise ValueError("The forward has set other attributes on other processes.")
         every = [unpack(packed, mine.shape, mine).tolist() for packed in said]
@@ -147,7 +147,7 @@ class RankRunner:
         if not observed:
             return observed
         mine = torch.tensor([each.joins(rows) for each in observed], dtype=torch.uint8)
-        said = self._channel.exchange("look at what hooks see", mine)
+        said = self.channel.exchange("look at what hooks see", mine)
         if any(len(flags) != len(mine) for flags in said):
             raise ValueError("Forward hooks have seen other layers on other processes.")
         pairs = zip(observed, torch.stack(said).all(0).tolist(), strict=True)
@@ -157,7 +157,7 @@ class RankRunner:
         self, parameters: list[Tensor], _: torch.device | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What the replica has for `parameters`, and tokens."""
-        rank = Rank(self._channel, [0] * self._channel.world_size, self._name)
+        rank = Rank(self.channel, [0] * self.channel.world_size, self._name)
         return parameters_in(rank, parameters)
 
     def _description(self, call: Call, ran: Ran, tensors: list[Tensor]) -> str:

@@ -30,6 +30,7 @@ from wraploop.processes.channel import fingerprint
 from .border import BATCHED, Move, adjoints
 from .internals import is_batched, is_wanted
 from .rank import Rank
+from .reducer import Reducer
 
 BOUNDARY = "_GoInBackward"  # the name of the node through which parameters go in
 
@@ -50,7 +51,7 @@ class _GoIn(Function):
     def forward(
         ctx: Any, rank: Rank, doing: str, moves: list[Move], borrow: bool, *wholes: Tensor
     ) -> tuple[Tensor, ...]:
-        ctx.rank, ctx.doing, ctx.moves = rank, doing, moves
+        ctx.rank, ctx.doing, ctx.moves, ctx.reducer = rank, doing, moves, None
         ctx.like = [whole.detach() for whole in wholes]
         ctx.set_materialize_grads(False)
         parts = [rank.take(w, move, borrow=borrow) for w, move in zip(wholes, moves, strict=True)]
@@ -65,7 +66,10 @@ class _GoIn(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        rank, parts = ctx.rank, weigh(grads[1:], ctx.rank.loss_weight)
+        rank = ctx.rank
+        if ctx.reducer and rank.synced and not rank.unsynced and not torch.is_grad_enabled():
+            return None, None, None, None, *ctx.reducer.sum(grads[1:], rank.loss_weight)
+        parts = weigh(grads[1:], rank.loss_weight)
         if rank.synced:
             parts = _with_unsynced(ctx, parts)
             # Where no part depends on anything, as with no rows, the wholes must all the same.
@@ -237,7 +241,11 @@ def go_in(
 def parameters_in(rank: Rank, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What a replica has for `parameters`, and tokens that its outputs must depend on."""
     moves: list[Move] = ["share"] * len(parameters)
-    tokens, leaves = go_in(rank, "the gradients of the parameters", parameters, moves, borrow=False)
+    doing = "the gradients of the parameters"
+    tokens, leaves = go_in(rank, doing, parameters, moves, borrow=False)
+    for token in tokens:
+        like = [parameter.detach() for parameter in parameters]
+        token.grad_fn.reducer = Reducer(rank, doing, like)  # pyright: ignore[reportOptionalMemberAccess]
     return leaves, tokens
 
 
