@@ -11,9 +11,8 @@ from __future__ import annotations
 import math
 import struct
 import time
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -176,8 +175,7 @@ class Channel:
                 watching.is_waiting = False
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What every exchange begins with.
 
     Attributes:
