@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -65,7 +66,7 @@ def die_at(monkeypatch, count):
     for module, name in [
         (os, "replace"),
         (os, "fsync"),
-        (checkpoint, "save_file"),
+        (safetensors.torch, "save_file"),
         (torch, "save"),
         (checkpoint.shutil, "rmtree"),
         (os, "mkdir"),

@@ -23,8 +23,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from wraploop import processes
@@ -135,6 +133,8 @@ def read(path: str | os.PathLike[str]) -> State:
         NotWhole: it is truncated or damaged.
         pickle.UnpicklingError: it would execute something.
     """
+    from safetensors.torch import load_file  # slow to import, and seldom used
+
     path = _replaced(Path(path))
     check_whole(path)
     rest: State = torch.load(path / _REST, map_location="cpu", weights_only=True)
@@ -224,6 +224,9 @@ def _write_and_remove(state: State, path: Path, steps: int, removed: list[Path])
 
 
 def _write_files(state: State, folder: Path) -> None:
+    from safetensors import SafetensorError  # slow to import, and seldom used
+    from safetensors.torch import save_file
+
     tensors, rest = _parted(state)
     try:
         for name, each in tensors.items():

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from wraploop import named, processes
 from wraploop.callback import Callback, on
@@ -27,8 +26,7 @@ if TYPE_CHECKING:
 _KEPT = 0.98  # of the mean loss at each step
 
 
-@dataclass(frozen=True)
-class LRSweep:
+class LRSweep(NamedTuple):
     """What `lr_find` has found.
 
     Attributes:

@@ -7,9 +7,8 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from typing_extensions import override
 
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 _LONGEST = 100  # of a metric's name in that of a folder
 
 
-@dataclass(frozen=True)
-class Saved:
+class Saved(NamedTuple):
     """A checkpoint: its folder's name, and after which epoch with which metric, if after one."""
 
     name: str
@@ -218,7 +216,7 @@ class Checkpoints(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"saved": [astuple(each) for each in self.saved], "seen": self.watched.seen}
+        return {"saved": [tuple(each) for each in self.saved], "seen": self.watched.seen}
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,8 +19,7 @@ class NotSeen(Exception):
     """Raised by a check that cannot tell: what it is about was not seen."""
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """Something that the first step of a phase has to show.
 
     Attributes:

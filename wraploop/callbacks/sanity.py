@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -97,8 +96,7 @@ class SanityCheck(Callback):
         self._passed.add(phase.name)
 
 
-@dataclass
-class _Verdict:
+class _Verdict(NamedTuple):
     """What a check has found, on all processes alike."""
 
     name: str

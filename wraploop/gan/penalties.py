@@ -6,15 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 
-@dataclass(frozen=True)
-class CriticHalf:
+class CriticHalf(NamedTuple):
     """What a critic's penalty may look at; `real` has a gradient, `fake` comes without a graph."""
 
     critic: nn.Module
@@ -24,8 +23,7 @@ class CriticHalf:
     fake_scores: Tensor
 
 
-@dataclass(frozen=True)
-class GeneratorHalf:
+class GeneratorHalf(NamedTuple):
     """What a generator's penalty may look at; `latents` has a gradient."""
 
     generator: nn.Module

@@ -13,8 +13,7 @@ import struct
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -183,8 +182,7 @@ class Channel:
                 watching.is_waiting = False
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """What every exchange begins with.
 
     Attributes:

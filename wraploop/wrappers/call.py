@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from .batch import Nest, tensors_of, with_tensors
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A use of a module: which of its methods, with which arguments."""
 
     method: str

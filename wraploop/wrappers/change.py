@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -34,8 +33,7 @@ def restored(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """What a forward has set an attribute to.
 
     Attributes:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -23,8 +22,7 @@ from .tree import CONTAINERS, items
 _DEPTH, _MOST = 4, 256  # how far to look, and at how many things in a container
 
 
-@dataclass(frozen=True)
-class Observation:
+class Observation(NamedTuple):
     """What a forward hook, which has changed nothing, has seen.
 
     Attributes:

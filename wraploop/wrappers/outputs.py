@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,8 +71,7 @@ def move_out(tensor: Tensor, rows: int, where: str) -> Move:
     return "sum"
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
     """What one shard's run of a call has left.
 
     Attributes:
@@ -142,7 +140,7 @@ class Ran:
         """
         output, values, inputs, seen = with_tensors(self.nest, wholes)
         pairs = zip(self.changes.items(), values, strict=True)
-        replica.hand_back({place: replace(change, value=v) for (place, change), v in pairs})
+        replica.hand_back({place: change._replace(value=v) for (place, change), v in pairs})
         originals = call.inputs
         for i, value in inputs.items():
             originals[i].copy_(value)
@@ -191,9 +189,9 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     return [
         Ran(
             mine.output,
-            {p: replace(mine.changes[p], is_rows=p in rows) for p in places},
+            {p: mine.changes[p]._replace(is_rows=p in rows) for p in places},
             {i: inputs[i] for i in written},
-            [replace(each, is_apart=i in apart) for i, each in enumerate(mine.observed)],
+            [each._replace(is_apart=i in apart) for i, each in enumerate(mine.observed)],
         )
         for mine, inputs in zip(ran, taken, strict=True)
     ]

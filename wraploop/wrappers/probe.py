@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ from .shard import current, unsplit
 from .tree import Place, buffers_of
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """What a call gives on the whole batch.
 
     Attributes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -139,7 +138,7 @@ class RankRunner:
         for i, (place, change) in enumerate(changes.items()):
             is_rows = all(numbers[i] for numbers in every)
             is_rows = is_rows and depend_on_rows([numbers[n + i] for numbers in every], inputs)
-            found[place] = replace(change, is_rows=is_rows)
+            found[place] = change._replace(is_rows=is_rows)
         return found
 
     def _joined(self, observed: list[Observation], rows: int) -> list[Observation]:
@@ -151,7 +150,7 @@ class RankRunner:
         if any(len(flags) != len(mine) for flags in said):
             raise ValueError("Forward hooks have seen other layers on other processes.")
         pairs = zip(observed, torch.stack(said).all(0).tolist(), strict=True)
-        return [replace(each, is_apart=not joins) for each, joins in pairs]
+        return [each._replace(is_apart=not joins) for each, joins in pairs]
 
     def _go_in(
         self, parameters: list[Tensor], _: torch.device | None

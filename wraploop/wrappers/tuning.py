@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from statistics import median
 
 _SAMPLES = 3  # of each number of lanes, after one to warm up
 _MOST_CALLS = 16
@@ -46,8 +45,13 @@ class Tuner:
         if not enough or (parts == {"forward"} and self._calls < _MOST_CALLS):
             return
         cost = {
-            lanes: sum(median(self._seconds[part, lanes][1:]) for part in parts)
+            lanes: sum(_median(self._seconds[part, lanes][1:]) for part in parts)
             for lanes in self._candidates
         }
         fastest = min(cost, key=cost.__getitem__)
         self.chosen = fastest if cost[fastest] < _GAIN * cost[1] else 1
+
+
+def _median(values: list[float]) -> float:
+    """As `statistics.median`, which would be slow to import; of an even number, the upper one."""
+    return sorted(values)[len(values) // 2]
