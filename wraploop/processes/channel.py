@@ -8,6 +8,7 @@ frame, whatever the others are waiting for.
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 import time
@@ -79,12 +80,13 @@ class Channel:
         self._facts += [(what, fact) for fact in facts]
         self._advice[what] = advice
 
-    def exchange(self, doing: str, *payload: Tensor) -> list[Tensor]:
+    def exchange(self, doing: str, *payload: Tensor | bytes) -> list[Tensor]:
         """Every rank's `payload`, in the order of ranks.
 
         Args:
             doing: what this is for; the same on every rank.
-            payload: one axis each, uint8, on the CPU; of any length. They arrive as one.
+            payload: bytes, or tensors of one axis, uint8, on the CPU; of any length. They arrive
+                as one.
 
         Raises:
             PeerError: on every rank, when a rank has failed or does something else, or what was to
@@ -97,7 +99,7 @@ class Channel:
         if self._watch:
             self._watch.doing = text
         own = Frame(text, [fact for _, fact in facts]).packed()
-        parts = [own, *(memoryview(part.numpy()) for part in payload)]
+        parts = [own, *(p if isinstance(p, bytes) else memoryview(p.numpy()) for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
         frames = [Frame.unpacked(message) for message in everyone]
         self._check(frames, whats)
@@ -224,11 +226,21 @@ def fingerprint(tensor: Tensor) -> float:
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat).reshape(-1)
-    sample = flat[:: 1 + len(flat) // 1024].double().cpu().nan_to_num(0.5, 3.0, -2.0)
+    sample = flat[:: 1 + len(flat) // 1024].double()
     if not len(sample):
         return 0.0
-    weights = torch.linspace(1.0, 2.0, len(sample), dtype=torch.float64)
-    return float((weights * (sample + 2 * sample.abs())).mean())  # no terms that cancel
+    weights = _weights(len(sample), sample.device)
+    number = float(weights.dot(sample + 2 * sample.abs()))  # no terms that cancel
+    if not math.isfinite(number):
+        known = sample.nan_to_num(0.5, 3.0, -2.0)
+        number = float(weights.dot(known + 2 * known.abs()))
+    return number
+
+
+@functools.lru_cache(maxsize=64)
+def _weights(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.linspace(1.0 / count, 2.0 / count, count, dtype=torch.float64, device=device)
 
 
 def _is_close(a: float, b: float) -> bool:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+_PLAIN = (type, bool, int, float, str, bytes, type(None))  # no containers, in less time
 
 Nest = Any  # a tensor, or a container of nests; see the module's docstring
 T = TypeVar("T", bound=Nest)
@@ -45,9 +47,18 @@ def is_shared(tensor: Tensor) -> bool:
     return tensor.ndim == 0 or hasattr(tensor, _MARK)
 
 
+def _held(nest: Nest) -> Iterable[Nest]:
+    """What `nest` contains, in order; nothing if it is no container."""
+    if type(nest) is tuple or type(nest) is list:
+        return nest
+    if type(nest) is dict:
+        return nest.values()
+    return [child for _, child in _children(nest) or ()]
+
+
 def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
     """What `nest` contains, each with the way to write it; None if it is no container."""
-    if isinstance(nest, type):
+    if isinstance(nest, _PLAIN):
         return None
     if dataclasses.is_dataclass(nest):
         return [(f".{f.name}", getattr(nest, f.name)) for f in dataclasses.fields(nest)]
@@ -105,7 +116,9 @@ def leaves_of(nest: Nest, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def tensors_of(nest: Nest) -> list[Tensor]:
     """The tensors of `nest`, in order."""
-    return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, Tensor)]
+    if isinstance(nest, Tensor):
+        return [nest]
+    return [tensor for child in _held(nest) for tensor in tensors_of(child)]
 
 
 def with_tensors(nest: Nest, tensors: Sequence[Tensor | None]) -> Nest:
@@ -120,25 +133,26 @@ def rows_of(nest: Nest) -> int | None:
     Raises:
         ValueError: two of them disagree, or a list seems to hold one thing for each row.
     """
-    rows, first = None, ""
-    for path, leaf in leaves_of(nest):
-        if not isinstance(leaf, Tensor) or is_shared(leaf):
-            continue
-        if rows is None:
-            rows, first = len(leaf), f"{path} of shape {tuple(leaf.shape)}"
-        elif len(leaf) != rows:
-            raise ValueError(
-                f"The inputs disagree about the number of rows: {first} has {rows}, "
-                f"{path} of shape {tuple(leaf.shape)} has {len(leaf)}. The first axis of an input "
-                "must count the batch's rows. Mark an input that every shard needs whole with "
-                "`wraploop.shared(tensor)`."
-            )
+    counts = [len(tensor) for tensor in tensors_of(nest) if not is_shared(tensor)]
+    rows = counts[0] if counts else None
+    if counts and counts.count(counts[0]) != len(counts):
+        leaves = ((path, leaf) for path, leaf in leaves_of(nest) if isinstance(leaf, Tensor))
+        batched = [(path, leaf) for path, leaf in leaves if not is_shared(leaf)]
+        (first, one), (path, other) = batched[0], next(x for x in batched if len(x[1]) != rows)
+        raise ValueError(
+            f"The inputs disagree about the number of rows: {first} of shape {tuple(one.shape)} "
+            f"has {rows}, {path} of shape {tuple(other.shape)} has {len(other)}. The first axis of "
+            "an input must count the batch's rows. Mark an input that every shard needs whole with "
+            "`wraploop.shared(tensor)`."
+        )
     _check_lists(nest, rows)
     return rows
 
 
 def _check_lists(nest: Nest, rows: int | None) -> None:
     """Refuses lists that seem to have an item for each row: they go to every shard whole."""
+    if all(isinstance(child, (Tensor, *_PLAIN)) for child in _held(nest)):
+        return
     for path, child in _children(nest) or []:
         if isinstance(child, Tensor):
             continue

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor, nn
 
 from .batch import Nest, tensors_of, with_tensors
 
 
-class Call(NamedTuple):
-    """A use of a module: which of its methods, with which arguments."""
+class Call:
+    """A use of a module: which of its methods, with which arguments.
 
-    method: str
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    Attributes:
+        method: its name.
+        arguments: all arguments, as one nest.
+        inputs: the tensors among them, in order.
+    """
 
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The tensors among the arguments, in order."""
-        return tensors_of(self.arguments)
-
-    @property
-    def arguments(self) -> Nest:
-        """All arguments, as one nest."""
-        return (self.args, dict(self.kwargs))
+    def __init__(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.method = method
+        self.arguments: Nest = (args, kwargs)
+        self.inputs = tensors_of(self.arguments)
 
     def on(self, module: nn.Module, inputs: list[Tensor] | None = None) -> Nest:
         """Makes the call on `module`, with other `inputs` if they are given."""
-        arguments = self.arguments if inputs is None else with_tensors(self.arguments, inputs)
+        args, kwargs = self.arguments if inputs is None else with_tensors(self.arguments, inputs)
         run = module if self.method == "forward" else getattr(module, self.method)
-        return run(*arguments[0], **arguments[1])
+        return run(*args, **kwargs)

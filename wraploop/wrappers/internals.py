@@ -163,6 +163,16 @@ def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage]
 
 
+def foreach_copy(into: list[Tensor], values: list[Tensor]) -> None:
+    """Copies each of `values` into that of `into`, in few calls of the operator."""
+    torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
+
+
+def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
+    """Views of `flat`, one after the other, of the shapes of `like`, in few calls."""
+    return list(torch._utils._unflatten_dense_tensors(flat, like))
+
+
 def depends_on(outs: Iterable[Tensor], leaf: Tensor) -> bool:
     """Whether the graph of one of `outs` reaches `leaf`, a leaf, or the node that made it."""
     return any(

@@ -11,28 +11,31 @@ where the batch is scattered, with the weight at that border: see `ranks.py`.
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from wraploop.processes.channel import Channel, fingerprint
-from wraploop.processes.packing import pack, unpack
 
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
 from .border import Move
 from .call import Call
 from .internals import compiling
-from .noise import random_fingerprint
+from .noise import RandomFingerprint
 from .outputs import Ran, signature
 from .rank import Rank
 from .ranks import BOUNDARY, depending, parameters_in
 from .replicas import Replicas
 from .shard import running
+from .tree import Place, Tree, current_tree
 
 _MOST_SPLITS = 4
+_TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
 _FEW_NUMBERS, _FEW_INDICES = 4, 64  # of which two processes may have the same by chance
 
 Reduction = Literal["mean", "sum"]
@@ -59,13 +62,18 @@ class LocalRunner:
         self._reduction = reduction
         self._name = type(module).__name__
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
-        self._random = random_fingerprint()
+        self._random = RandomFingerprint()
         self._calls = 0
+        self._rows: set[Place] = set()
+        self._tree: Tree | None = None
+        self._names: list[tuple[str, Tensor]] = []
+        self._has_buffers = False
 
     def run(self, call: Call, rows: int | None) -> Nest:
         """Makes `call` on this rank's `rows` rows; None if nothing in it has rows."""
         name = f"{self._name}.{call.method}"
-        meets = self._meets(call)
+        tree = self._current_tree()
+        meets = self._meets(call, tree)
         counts = [1 if rows is None else rows] * self.channel.world_size
         if meets:
             counts = self._counts(call, name, rows)
@@ -81,15 +89,23 @@ class LocalRunner:
             unsynced=self._unsynced,
         )
         try:
-            return self._run(call, rank, meets)
+            return self._run(call, rank, meets, tree)
         except BaseException as error:
             self._replicas.clear()
             if meets:
                 rank.tell(error, f"{rank.rows} rows")
             raise
 
-    def _run(self, call: Call, rank: Rank, meets: bool) -> Nest:
-        tree, (replica,) = self._replicas_for(rank, meets).get([None])
+    def _current_tree(self) -> Tree:
+        tree = current_tree(self._tree, self.module, self._rows)
+        if tree is not self._tree:
+            self._tree = tree
+            self._names = list(self.module.named_parameters())
+            self._has_buffers = any(True for _ in self.module.buffers())
+        return tree
+
+    def _run(self, call: Call, rank: Rank, meets: bool, tree: Tree) -> Nest:
+        _, (replica,) = self._replicas_for(rank, meets).get([None], tree)
         with running(rank if meets else None), compiling(tree.is_compiled):
             output = call.on(replica.module, [_some_rows(x) for x in call.inputs])
         ran = Ran(output, replica.changes(), {}, [])
@@ -104,11 +120,11 @@ class LocalRunner:
         replica.settle()
         return output
 
-    def _meets(self, call: Call) -> bool:
+    def _meets(self, call: Call, tree: Tree) -> bool:
         """Whether the processes must all make `call`: to learn from it, or to share statistics."""
-        if self.module.training and any(True for _ in self.module.buffers()):
+        if self.module.training and self._has_buffers:
             return True
-        used = (*self.module.parameters(), *call.inputs)
+        used = chain(tree.parameters, call.inputs)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)
 
     def _counts(self, call: Call, name: str, rows: int | None) -> list[int]:
@@ -119,26 +135,23 @@ class LocalRunner:
             PeerError: they do different things, or their parameters differ.
         """
         self._calls += 1
-        names = dict(self.module.named_parameters())
-        if names:
-            which = list(names)[self._calls % len(names)]
-            self.channel.agree(f"parameter {which!r}", [fingerprint(names[which])], _DIVERGED)
-        random = random_fingerprint()
-        drew, self._random = random != self._random, random
-        told = [1 if rows is None else rows, _fingerprint_of_batch(call.inputs), random, drew]
-        mine = torch.tensor(told, dtype=torch.float64)
+        if self._names:
+            which, parameter = self._names[self._calls % len(self._names)]
+            self.channel.agree(f"parameter {which!r}", [fingerprint(parameter)], _DIVERGED)
+        drew = self._random.has_changed()
+        own = 1 if rows is None else rows, _fingerprint_of_batch(call.inputs), self._random.now
         mode = "training" if self.module.training else "evaluation"
         accumulating = "" if self._synced else ", no_sync"
-        said = self.channel.exchange(f"run {name} ({mode}{accumulating})", pack(mine))
-        counts, batches, randoms, drawn = zip(
-            *(unpack(packed, [4], mine).tolist() for packed in said), strict=True
-        )
+        doing = f"run {name} ({mode}{accumulating})"
+        said = self.channel.exchange(doing, _TOLD.pack(*own, drew))
+        told = [_TOLD.unpack(packed.numpy()) for packed in said]
+        counts, batches, randoms, drawn = zip(*told, strict=True)
         full = [rank for rank, count in enumerate(counts) if count and rows]
         if len(full) > 1 and len({batches[rank] for rank in full}) == 1:
             raise ValueError(_SAME_BATCH.format(rows, name))
         if all(drawn) and len(set(randoms)) == 1:
             raise ValueError(_SAME_NOISE.format(name))
-        return [int(count) for count in counts]
+        return list(counts)
 
     def _replicas_for(self, rank: Rank, meets: bool) -> Replicas:
         key = (tuple(rank.counts), rank.synced) if meets else None
@@ -150,6 +163,7 @@ class LocalRunner:
                 lambda parameters, _: parameters_in(rank, parameters),
                 alone=True,
                 observes=False,
+                rows=self._rows,
             )
         self._replicas[key] = replicas  # now the last
         if len(self._replicas) > _MOST_SPLITS:

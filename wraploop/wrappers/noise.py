@@ -146,9 +146,24 @@ def _seed_of(state: Tensor) -> int:
     return int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=7).digest(), "big")
 
 
-def random_fingerprint() -> float:
-    """A number that processes share if they are about to draw the same random numbers."""
-    return float(_seed_of(torch.default_generator.get_state()))
+class RandomFingerprint:
+    """A number that processes share if they are about to draw the same random numbers.
+
+    Attributes:
+        now: that, as of the last look.
+    """
+
+    def __init__(self) -> None:
+        self._state = torch.default_generator.get_state()
+        self.now = float(_seed_of(self._state))
+
+    def has_changed(self) -> bool:
+        """Looks, and says whether numbers have been drawn since the last look."""
+        state = torch.default_generator.get_state()
+        if torch.equal(state, self._state):
+            return False
+        self._state, self.now = state, float(_seed_of(state))
+        return True
 
 
 class OwnNoise:

@@ -113,12 +113,12 @@ class Rank(Shard):
             for i, (part, move) in enumerate(zip(parts, moves, strict=True))
             if part is not None and i not in apart and not part.is_sparse
         ]
-        own = torch.tensor([self.drew, *map(flag_of, parts)], dtype=torch.uint8)
+        own = bytes([self.drew, *map(flag_of, parts)])
         doing = f"{doing} of {self.name}"
         received = self.channel.exchange(doing, own, *map(pack, sent))
         self.drew = any(said[0] for said in received)
         received = [said[1:] for said in received]
-        flags = [said[: len(parts)] for said in received]
+        flags = [bytes(said[: len(parts)].numpy()) for said in received]
         used, differentiable, sparse = (
             flags_of_all(flags, bit) for bit in (USED, _DIFFERENTIABLE, SPARSE)
         )
@@ -197,11 +197,11 @@ def is_small(tensors: Sequence[Tensor], world_size: int) -> bool:
     return (world_size - 1) * sum(size_of(t.shape, t) for t in tensors) <= _SMALL
 
 
-def flags_of_all(flags: Sequence[Tensor], bit: int) -> list[bool]:
+def flags_of_all(flags: Sequence[bytes], bit: int) -> list[bool]:
     """For each part whether some rank has set `bit` in its flag."""
-    return [
-        any(f & bit for f in column) for column in zip(*(f.tolist() for f in flags), strict=True)
-    ]
+    if flags.count(flags[0]) == len(flags):
+        return [bool(flag & bit) for flag in flags[0]]
+    return [any(flag & bit for flag in column) for column in zip(*flags, strict=True)]
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:

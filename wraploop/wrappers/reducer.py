@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wraploop.processes.packing import pack, size_of, unpack
 
+from .internals import foreach_copy, unflatten
 from .rank import SPARSE, USED, Rank, flag_of, flags_of_all, is_small
 
 _BUCKET = 25 << 20  # bytes
@@ -37,33 +38,28 @@ class Bucket:
     def __init__(self, indices: Sequence[int], like: Sequence[Tensor]) -> None:
         self.indices = indices
         self._like = [like[i] for i in indices]
-        self._sizes = [tensor.numel() for tensor in self._like]
         self._runs = list(_runs([size_of(t.shape, t) for t in self._like], _RUN))
-        self.shape = [sum(self._sizes)]
+        self._sizes = [sum(t.numel() for t in self._like[run]) for run in self._runs]
 
-    def filled(self, parts: Sequence[Tensor | None], weight: float) -> Tensor:
-        """The gradients times `weight`, flat; None and what is sparse count as zeros."""
-        flat = self._like[0].new_empty(self.shape)
+    def filled(self, parts: Sequence[Tensor | None], weight: float) -> tuple[Tensor, list[Tensor]]:
+        """The gradients times `weight`, flat, and each gradient's place in that.
+
+        Gradients that are None, or sparse, count as zeros.
+        """
+        flat = self._like[0].new_empty([sum(self._sizes)])
+        places = unflatten(flat, self._like)
         own = [
             torch.zeros_like(like) if (part := parts[i]) is None or part.is_sparse else part
             for i, like in zip(self.indices, self._like, strict=True)
         ]
-        ends = 0
-        for run in self._runs:
-            begins, ends = ends, ends + sum(self._sizes[run])
-            into = flat[begins:ends]
+        for run, piece in zip(self._runs, flat.split(self._sizes), strict=True):
             if run.stop - run.start == 1:
-                torch.mul(own[run.start], weight, out=into.view(own[run.start].shape))
+                torch.mul(own[run.start], weight, out=places[run.start])
                 continue
-            torch.cat([part.reshape(-1) for part in own[run]], out=into)
+            foreach_copy(places[run], own[run])
             if weight != 1:
-                into.mul_(weight)
-        return flat
-
-    def views(self, flat: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Which gradients are where in `flat`."""
-        for i, part, like in zip(self.indices, flat.split(self._sizes), self._like, strict=True):
-            yield i, part.view(like.shape)
+                piece.mul_(weight)
+        return flat, places
 
 
 class Reducer:
@@ -91,47 +87,47 @@ class Reducer:
             weight: of this rank's; with 0 they count as None.
         """
         parts = parts if weight else [None] * len(parts)
-        flags = torch.tensor([flag_of(part) for part in parts], dtype=torch.uint8)
+        flags = bytes(map(flag_of, parts))
         add_up = self._small if self._is_small else self._large
         return add_up(parts, weight, flags)
 
     def _small(
-        self, parts: Sequence[Tensor | None], weight: float, flags: Tensor
+        self, parts: Sequence[Tensor | None], weight: float, flags: bytes
     ) -> list[Tensor | None]:
         """As `sum`, of what is sent to everyone at once."""
         buckets = self._buckets_of(range(len(parts)))
-        flats = [bucket.filled(parts, weight) for bucket in buckets]
-        channel, doing = self._rank.channel, f"{self._doing} of {self._rank.name}"
-        received = channel.exchange(doing, flags, *map(pack, flats))
-        used, sparse = self._used_and_sparse([said[: len(flags)] for said in received])
+        filled = [bucket.filled(parts, weight) for bucket in buckets]
+        received = self._exchange(flags, *(pack(flat) for flat, _ in filled))
+        used, sparse = _used_and_sparse(received, len(parts))
         wholes: list[Tensor | None] = [None] * len(parts)
-        start = len(flags)
-        for bucket, flat in zip(buckets, flats, strict=True):
-            end = start + size_of(bucket.shape, flat)
-            terms = [unpack(said[start:end], bucket.shape, flat) for said in received]
-            total = terms[0]
-            for term in terms[1:]:
-                total += term
-            for i, whole in bucket.views(total):
+        start = len(parts)
+        for bucket, (flat, places) in zip(buckets, filled, strict=True):
+            end = start + size_of(flat.shape, flat)
+            first, *others = (unpack(said[start:end], flat.shape, flat) for said in received)
+            flat.copy_(first)
+            for term in others:
+                flat += term
+            for i, whole in zip(bucket.indices, places, strict=True):
                 wholes[i] = whole if used[i] else None
             start = end
         return self._with_sparse(wholes, parts, weight, sparse)
 
     def _large(
-        self, parts: Sequence[Tensor | None], weight: float, flags: Tensor
+        self, parts: Sequence[Tensor | None], weight: float, flags: bytes
     ) -> list[Tensor | None]:
         """As `sum`, in a round of its own for what is used."""
-        channel, doing = self._rank.channel, f"{self._doing} of {self._rank.name}"
-        used, sparse = self._used_and_sparse(channel.exchange(doing, flags))
+        used, sparse = _used_and_sparse(self._exchange(flags), len(parts))
         wholes: list[Tensor | None] = [None] * len(parts)
         dense = [i for i in range(len(parts)) if used[i] and not sparse[i]]
         for bucket in self._buckets_of(dense):
-            for i, whole in bucket.views(channel.sum(bucket.filled(parts, weight))):
+            flat, places = bucket.filled(parts, weight)
+            self._rank.channel.sum(flat)
+            for i, whole in zip(bucket.indices, places, strict=True):
                 wholes[i] = whole
         return self._with_sparse(wholes, parts, weight, sparse)
 
-    def _used_and_sparse(self, flags: list[Tensor]) -> tuple[list[bool], list[bool]]:
-        return flags_of_all(flags, USED), flags_of_all(flags, SPARSE)
+    def _exchange(self, *payload: Tensor | bytes) -> list[Tensor]:
+        return self._rank.channel.exchange(f"{self._doing} of {self._rank.name}", *payload)
 
     def _with_sparse(
         self,
@@ -152,6 +148,12 @@ class Reducer:
         if self._bucketed != indices:
             self._bucketed, self._buckets = indices, list(_bucketed(indices, self._like))
         return self._buckets
+
+
+def _used_and_sparse(received: list[Tensor], count: int) -> tuple[list[bool], list[bool]]:
+    """Which parts some rank has used, and which are sparse on some."""
+    flags = [bytes(said[:count].numpy()) for said in received]
+    return flags_of_all(flags, USED), flags_of_all(flags, SPARSE)
 
 
 def _bucketed(indices: Sequence[int], like: Sequence[Tensor]) -> Iterator[Bucket]:

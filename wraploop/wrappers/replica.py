@@ -118,6 +118,14 @@ class Replica:
             for name, parameter in module._parameters.items()
             if parameter is not None and not is_quiet(copy)
         ]
+        self._loud = [
+            (old, new, made)
+            for (old, new), made in zip(self._holders, self._made, strict=True)
+            if not is_quiet(new)
+        ]
+        pairs = list(zip(tree.parameters, leaves, strict=True))
+        self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
+        self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
         self._taken_over = [version_of(buffer) for buffer in tree.buffers]
         self._before = [version_of(copy) for copy in buffers]
         del self._copies  # a cycle, which would leave this replica to the garbage collector
@@ -132,10 +140,10 @@ class Replica:
         Raises:
             RuntimeError: a backward of the user's has run into the replica.
         """
-        for parameter, leaf in zip(self._tree.parameters, self.leaves, strict=True):
-            if leaf.device != parameter.device:
-                leaf.data.copy_(parameter)
-            if leaf.is_leaf and leaf is not parameter and leaf.grad is not None:
+        for parameter, leaf in self._elsewhere:
+            leaf.data.copy_(parameter)
+        for leaf in self._own_leaves:
+            if leaf.grad is not None:
                 leaf.grad = None
                 raise RuntimeError(_LEAKED)
         for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
@@ -197,11 +205,9 @@ class Replica:
                 raise NotImplementedError(_NESTED.format(kind.__name__))
         found: dict[Place, Change] = {}
         written = self._written()
-        for (module, copy), made in zip(self._holders, self._made, strict=True):
-            if written:
-                found.update(_written_to(module, copy, written))
-            if is_quiet(copy):
-                continue
+        for module, copy in self._holders if written else ():
+            found.update(_written_to(module, copy, written))
+        for module, copy, made in self._loud:
             now = attributes(copy)
             for name in now:
                 place = Ref(module), name

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .batchnorm import global_class
 from .replica import Replica
-from .tree import Place, Tree
+from .tree import Place, Tree, current_tree
 
 _MOST_SETS = 4
 
@@ -27,6 +27,7 @@ class Replicas:
             tokens that its outputs must depend on.
         alone: whether there is one replica only, and not one for each of several lanes.
         observes: whether replicas take down what forward hooks see.
+        rows: the places in which forwards leave tensors with a row for each row of the batch.
     """
 
     def __init__(
@@ -39,22 +40,31 @@ class Replicas:
         *,
         alone: bool,
         observes: bool,
+        rows: set[Place] | None = None,
     ) -> None:
         self._original = original
         self._sync = sync
         self._make_leaves = make_leaves
         self._alone = alone
         self._observes = observes
-        self._rows: set[Place] = set()
+        self._rows: set[Place] = set() if rows is None else rows
         self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
 
-    def get(self, devices: Sequence[torch.device | None]) -> tuple[Tree, list[Replica]]:
-        """The original's tree, and a replica for each device, as the original is now."""
-        if self._tree is None or not self._tree.is_current():
-            self._tree = Tree(self._original, self._rows)
+    def get(
+        self, devices: Sequence[torch.device | None], tree: Tree | None = None
+    ) -> tuple[Tree, list[Replica]]:
+        """The original's tree, and a replica for each device, as the original is now.
+
+        Args:
+            devices: where; None is where the original is.
+            tree: the original's, if the caller has it.
+        """
+        tree = tree or current_tree(self._tree, self._original, self._rows)
+        if tree is not self._tree:
+            self._tree = tree
             self._sets.clear()
-        frozen = tuple(not parameter.requires_grad for parameter in self._tree.parameters)
+        frozen = tuple(not parameter.requires_grad for parameter in tree.parameters)
         replicas = self._sets.pop(frozen, [])
         if not all(replica.is_current() for replica in replicas):
             replicas = []
@@ -63,11 +73,11 @@ class Replicas:
             del self._sets[next(iter(self._sets))]
         with torch.inference_mode(False):
             for device in devices[len(replicas) :]:
-                replicas.append(self._made_for(self._tree, device))
+                replicas.append(self._made_for(tree, device))
             with torch.no_grad():
                 for replica in replicas:
                     replica.refresh()
-        return self._tree, replicas[: len(devices)]
+        return tree, replicas[: len(devices)]
 
     def forget(self) -> None:
         """Has replicas made anew, after a forward that was broken off."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from itertools import chain
 from typing import Any
 
 import torch
@@ -71,18 +72,18 @@ class Tree:
         for name, parameter in root.named_parameters():
             _check_shape(name, parameter)
             parameters[id(parameter)] = parameter
-        self._contents: list[tuple[Any, list[Any]]] = []
+        self._contents: list[Collection[Any]] = []  # always as they are now
         self.carried: dict[Place, Tensor] = {}
         self._plain: list[tuple[Tensor, bool]] = []
         self.holders = holders(root)
         for module in self.holders:
             own = module.__dict__
-            self._contents.append((own, items(own)))
+            self._contents.append(own.values())
             if isinstance(module, nn.Module):
-                for hooks in (module._forward_hooks, module._forward_pre_hooks):
-                    self._contents.append((hooks, items(hooks)))
+                hooks = (module._forward_hooks, module._forward_pre_hooks)
+                self._contents += (table.values() for table in hooks)
             tables = [value for name, value in own.items() if is_own_container(name, value)]
-            self._contents += [(table, items(table)) for table in tables]
+            self._contents += (t.values() if isinstance(t, dict) else t for t in tables)
             held = [(name, value) for name, value in own.items() if isinstance(value, Tensor)]
             self._plain += [(value, value.requires_grad) for _, value in held]
             for name, value in (*held, *buffers_of(module).items()):
@@ -94,6 +95,8 @@ class Tree:
                     self.carried[Ref(module), name] = value
                 else:
                     (parameters if value.requires_grad else buffers)[id(value)] = value
+        self._counts = [*map(len, self._contents)]
+        self._kept = [*chain.from_iterable(self._contents)]
         self.is_compiled = is_compiled(root)
         self.parameters = list(parameters.values())
         self.buffers = list(buffers.values())
@@ -101,10 +104,10 @@ class Tree:
 
     def is_current(self) -> bool:
         """Whether everything is still what and where it was, but for values and `requires_grad`."""
-        for container, contents in self._contents:
-            values = container.values() if isinstance(container, dict) else container
-            if len(values) != len(contents) or not all(map(operator.is_, values, contents)):
-                return False
+        if [*map(len, self._contents)] != self._counts:
+            return False
+        if not all(map(operator.is_, chain.from_iterable(self._contents), self._kept)):
+            return False
         if any(tensor.requires_grad != flag for tensor, flag in self._plain):
             return False
         return self._where() == self._places
@@ -112,6 +115,11 @@ class Tree:
     def _where(self) -> list[tuple[int, torch.Size]]:
         """Where parameters' values are: `.data` may be replaced, and is by casts and moves."""
         return [(parameter.data_ptr(), parameter.shape) for parameter in self.parameters]
+
+
+def current_tree(tree: Tree | None, root: nn.Module, rows: set[Place]) -> Tree:
+    """`tree` if it is still that of `root`, else a new one."""
+    return tree if tree is not None and tree.is_current() else Tree(root, rows)
 
 
 def mark_rows(tensor: Tensor) -> None:
