@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -47,7 +48,7 @@ def is_shared(tensor: Tensor) -> bool:
     return tensor.ndim == 0 or hasattr(tensor, _MARK)
 
 
-def _held(nest: Nest) -> Iterable[Nest]:
+def _held(nest: Nest) -> Collection[Nest]:
     """What `nest` contains, in order; nothing if it is no container."""
     if type(nest) is tuple or type(nest) is list:
         return nest
@@ -99,9 +100,12 @@ def map_tensors(fn: Callable[[Tensor, str], Any], nest: Nest, path: str = "") ->
     if not children:
         return nest
     values = [map_tensors(fn, child, path + way) for way, child in children]
-    if all(new is old for new, (_, old) in zip(values, children, strict=True)):
-        return nest
-    return _rebuild(nest, values)
+    return _with(nest, [child for _, child in children], values)
+
+
+def _with(nest: Nest, children: Collection[Nest], values: list[Nest]) -> Nest:
+    """`nest`, rebuilt if its `values` are others than its `children`."""
+    return nest if all(map(operator.is_, values, children)) else _rebuild(nest, values)
 
 
 def leaves_of(nest: Nest, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -123,8 +127,14 @@ def tensors_of(nest: Nest) -> list[Tensor]:
 
 def with_tensors(nest: Nest, tensors: Sequence[Tensor | None]) -> Nest:
     """`nest` with its tensors replaced by `tensors`, which come in the order of `tensors_of`."""
-    replacements = iter(tensors)
-    return map_tensors(lambda *_: next(replacements), nest)
+    return _replaced(nest, iter(tensors))
+
+
+def _replaced(nest: Nest, tensors: Iterator[Tensor | None]) -> Nest:
+    if isinstance(nest, Tensor):
+        return next(tensors)
+    children = _held(nest)
+    return _with(nest, children, [_replaced(child, tensors) for child in children])
 
 
 def rows_of(nest: Nest) -> int | None:
