@@ -13,6 +13,9 @@ PANELS = {  # reference: ways
     "plain": ("threads", "threads=2"),
     BEST_DDP: ("threads", "local", "local-own-bn", "global", "gan-local", "gan-global"),
 }
+_COLORS = {
+    way: f"C{i}" for i, way in enumerate(dict.fromkeys(w for ways in PANELS.values() for w in ways))
+}
 _WIDTH = 0.8  # of the bars of a model together
 
 
@@ -47,8 +50,9 @@ def _panel(ax: Axes, results: Results, reference: str, ways: list[str]) -> None:
         below = [ratio.middle - ratio.low for _, ratio in ratios]
         above = [ratio.high - ratio.middle for _, ratio in ratios]
         style = {"linewidth": 0.8, "ecolor": "0.3"}
-        bars = ax.bar(at, middles, width, yerr=(below, above), label=way, error_kw=style)
-        ax.bar_label(bars, fmt="%.2f", fontsize=5, padding=1)
+        look = {"label": way, "color": _COLORS[way], "error_kw": style}
+        bars = ax.bar(at, middles, width, yerr=(below, above), **look)
+        ax.bar_label(bars, fmt="%.2f", fontsize=6, padding=1, rotation=90)
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_xticks(range(len(results.cases)), [case.name for case in results.cases])
     ax.set_ylabel(f"times as fast as\n{reference}")

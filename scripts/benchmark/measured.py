@@ -18,6 +18,17 @@ class Spread(NamedTuple):
     low: float
     middle: float
     high: float
+    size: int = 1  # how many values
+
+    @property
+    def noise(self) -> float:
+        """How far off the median may be, with 95 % confidence; NaN of one value.
+
+        Source: McGill, Tukey and Larsen, Variations of Box Plots, 1978.
+        """
+        if self.size < 2:
+            return math.nan
+        return 1.57 * (self.high - self.low) / math.sqrt(self.size)
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -25,12 +36,13 @@ def spread(values: Sequence[float]) -> Spread:
 
     Examples:
         >>> spread([1, 2, 3, 4, 5])
-        Spread(low=2.0, middle=3.0, high=4.0)
+        Spread(low=2.0, middle=3.0, high=4.0, size=5)
     """
     if len(values) < 2:
         (value,) = values or (math.nan,)
         return Spread(value, value, value)
-    return Spread(*statistics.quantiles(values, n=4, method="inclusive"))
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Spread(low, middle, high, len(values))
 
 
 @dataclass
@@ -107,7 +119,22 @@ class Results:
 BEST_DDP = "best ddp"
 
 
-def geometric_mean(ratios: Iterable[float]) -> float:
-    """The geometric mean; NaN of nothing."""
+@dataclass(frozen=True)
+class Mean:
+    """A geometric mean of ratios.
+
+    Attributes:
+        noise: how far off it may be, that of the ratios being independent.
+    """
+
+    value: float
+    noise: float
+    count: int
+
+
+def geometric_mean(ratios: Iterable[Spread]) -> Mean:
+    """The geometric mean of the medians."""
     ratios = list(ratios)
-    return statistics.geometric_mean(ratios) if ratios else math.nan
+    mean = statistics.geometric_mean([ratio.middle for ratio in ratios])
+    relative = math.hypot(*(ratio.noise / ratio.middle for ratio in ratios)) / len(ratios)
+    return Mean(mean, mean * relative, len(ratios))

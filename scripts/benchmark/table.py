@@ -35,13 +35,19 @@ def rows(results: Results) -> list[dict[str, float | str | None]]:
 
 
 def _row(results: Results, m: Measured) -> dict[str, float | str | None]:
-    low, middle, high = (1e3 * s for s in spread(m.seconds))
+    low, middle, high = spread([1e3 * s for s in m.seconds])[:3]
     row: list[float | str | None] = [m.case.name, m.way.name, m.way.processes, m.way.threads]
     row += [len(m.seconds), m.steps, low, middle, high]
     for reference in REFERENCES.values():
-        row += results.ratio(m.case, m.way.name, reference) or (None, None, None)
+        ratio = results.ratio(m.case, m.way.name, reference)
+        row += ratio[:3] if ratio else (None, None, None)
     row += [_known(m.peak_mib), _known(m.sent), m.lanes, m.deciding_steps]
     return dict(zip(COLUMNS, row, strict=True))
+
+
+def cell(value: float | str) -> str:
+    """A value as it is printed; floats with two digits after the point."""
+    return _number(value) if isinstance(value, float) else str(value)
 
 
 def _known(number: float) -> float | None:
@@ -72,7 +78,7 @@ def text(results: Results) -> str:
 
 
 def _cells(results: Results, m: Measured) -> list[str]:
-    step = Spread(*(1e3 * s for s in spread(m.seconds)))
+    step = spread([1e3 * s for s in m.seconds])
     cells = [m.way.name, f"{m.way.processes} x {m.way.threads}", *_spread(step)]
     for reference in REFERENCES.values():
         cells += _spread(results.ratio(m.case, m.way.name, reference))
@@ -91,25 +97,24 @@ def _number(number: float) -> str:
 
 
 def _means(results: Results) -> str:
-    lines = [("geometric means", "speed", "models", "least", "most")]
+    lines = [("geometric means", "speed", "+-", "models", "least", "most")]
     for way, reference in SUMMARY:
         found = [results.ratio(case, way, reference) for case in results.cases]
-        ratios = [ratio.middle for ratio in found if ratio]
-        if ratios:
-            figures = (geometric_mean(ratios), min(ratios), max(ratios))
-            mean, least, most = map(_number, figures)
-            lines.append((f"{way} / {reference}", mean, str(len(ratios)), least, most))
+        if ratios := [ratio for ratio in found if ratio]:
+            mean, middles = geometric_mean(ratios), [ratio.middle for ratio in ratios]
+            figures = (_number(mean.value), _number(mean.noise), str(mean.count))
+            ends = (_number(min(middles)), _number(max(middles)))
+            lines.append((f"{way} / {reference}", *figures, *ends))
     return aligned(lines) if len(lines) > 1 else ""
 
 
 def verdicts(targets: Sequence[Target]) -> str:
-    """The targets, and which are met."""
-    lines = [("target", "is", "should be", "")]
+    """The targets, and which are met; those that more rounds might change have a question mark."""
+    lines = [("target", "is", "+-", "should be", "")]
     for target in targets:
         bound = f"{'at most' if target.at_most else 'at least'} {target.bound:g}"
-        lines.append(
-            (target.text, _number(target.figure), bound, "met" if target.is_met else "NOT")
-        )
+        verdict = ("met" if target.is_met else "NOT") + ("" if target.is_certain else "?")
+        lines.append((target.text, _number(target.figure), _number(target.noise), bound, verdict))
     met = sum(target.is_met for target in targets)
     return f"{aligned(lines)}\n{met} of {len(targets)} met" if targets else ""
 

@@ -25,7 +25,9 @@ from .training import Training, training
 from .ways import Way
 from .zoo import Case
 
-WARM_UP_STEPS = 6  # in which DDP makes its buckets anew
+LEAST_WARM_UP_STEPS = 3  # DDP makes its buckets anew after the first
+WARM_UP_STEPS = 6
+WARM_UP_S = 3.0  # after which the least are enough
 MOST_WARM_UP_STEPS = 25  # while auto still tries
 TURN_S = 0.35
 MOST_STEPS = 400  # of a turn
@@ -95,12 +97,20 @@ def warm_up(member: Member, way: Way) -> int | None:
     """Makes the first steps; returns after how many a number of threads was chosen, if one was."""
     trained: Training = member.kept[way.name]
     _settle(member, way, 0)
+    begun_s = time.perf_counter()
     made = decided = 0
-    while made < WARM_UP_STEPS or (not decided and made < MOST_WARM_UP_STEPS):
+    while made < _enough(time.perf_counter() - begun_s, trained):
         trained.run(1)
         made += 1
         decided = decided or (0 if trained.is_deciding else made)
     return decided if trained.lanes else None
+
+
+def _enough(seconds: float, trained: Training) -> int:
+    """How many steps are enough to warm up, after so many seconds."""
+    if trained.is_deciding:
+        return MOST_WARM_UP_STEPS
+    return WARM_UP_STEPS if seconds < WARM_UP_S else LEAST_WARM_UP_STEPS
 
 
 def lanes(member: Member, way: Way) -> int | None:
