@@ -1,87 +1,17 @@
-"""What a learner's step costs over the same step in a loop written by hand, in microseconds.
+"""What `scripts/bench` runs; see benchmark/command.py.
 
-A small model, so that the loop shows. The ways take turns, an epoch each, and what is printed is
-the median, over the rounds, of the difference to the loop by hand in the same round: the machine's
-speed changes from minute to minute, and with it all of them.
+The processes of the benchmark import this too, and should import no more than they need.
 """
 
-import argparse
-import io
 import os
-import statistics
-import time
-from collections.abc import Callable
-from contextlib import redirect_stdout
-from functools import partial
 
-import torch
-from torch import nn
-
-from wraploop import Learner
-from wraploop.callbacks import ProgressBar
-
-STEPS = 500  # in an epoch
-SGD = partial(torch.optim.SGD, lr=1e-3)
-
-
-def model() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Linear(8, 1)
-
-
-def by_hand(data: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[[], None]:
-    net = model()
-    optimizer = SGD(net.parameters())
-
-    def epoch() -> None:
-        net.train()
-        for inputs, targets in data:
-            outputs = net(inputs)
-            loss = nn.functional.mse_loss(outputs, targets)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return epoch
-
-
-def by_learner(data: list[tuple[torch.Tensor, torch.Tensor]], default: bool) -> Callable[[], None]:
-    bar = [ProgressBar(file=io.StringIO())] if default else []
-    learner = Learner(
-        model(),
-        nn.functional.mse_loss,
-        optimizer=SGD,
-        data=data,
-        callbacks=bar,
-        default_callbacks=default,
-    )
-    return lambda: learner.fit(1)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=100)
-    rounds = parser.parse_args().rounds
-    torch.set_num_threads(1)
-    data = [(torch.randn(16, 8), torch.randn(16, 1)) for _ in range(STEPS)]
-    ways = {
-        "by hand": by_hand(data),
-        "no callbacks": by_learner(data, default=False),
-        "default callbacks": by_learner(data, default=True),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(rounds):
-        for name, epoch in ways.items():
-            with redirect_stdout(io.StringIO()):
-                begun_s = time.perf_counter()
-                epoch()
-                taken[name].append((time.perf_counter() - begun_s) / STEPS * 1e6)
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {rounds} rounds of {STEPS} steps")
-    print(f"{'a step':<20}{'us':>8}{'more than by hand':>20}")
-    for name, each in taken.items():
-        more = [us - hand for us, hand in zip(each, taken["by hand"], strict=True)]
-        print(f"{name:<20}{statistics.median(each):>8.1f}{statistics.median(more):>20.1f}")
-
+from benchmark import server
 
 if __name__ == "__main__":
-    main()
+    # Idle threads sleep: where they spin, a busy machine makes plain torch 20 times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    server.start()  # it imports torch while this does too
+
+    from benchmark import command
+
+    command.main()
