@@ -46,7 +46,14 @@ class LaneRunner:
     def tuner(self, call: Call, most: int) -> Tuner:
         """What looks for the fastest number of lanes, up to `most`, for calls like `call`."""
         kind = (call.method, self.module.training, torch.is_grad_enabled())
-        return self._tuners.setdefault(kind, Tuner(most))
+        if kind not in self._tuners:
+            self._tuners[kind] = Tuner(most)
+        return self._tuners[kind]
+
+    def runs_plainly(self, module: nn.Module, method: str) -> bool:
+        """Whether one lane is fastest for calls of `module`'s `method`, as things are now."""
+        tuner = self._tuners.get((method, module.training, torch.is_grad_enabled()))
+        return tuner is not None and tuner.chosen == 1 and module is self.module
 
     def run(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None = None) -> Nest:
         """Makes `call`, whose batch has `rows` rows, with a lane for each of `lanes.devices`."""

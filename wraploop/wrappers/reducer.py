@@ -13,6 +13,7 @@ None; one that some used gets the sum, on every rank.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -24,6 +25,9 @@ from .internals import foreach_copy, unflatten
 from .rank import SPARSE, USED, Rank, flag_of, flags_of_all, is_small
 
 _BUCKET = 25 << 20  # bytes
+_LARGE = 1 << 20  # bytes
+_MOST_BLOCKS = 2
+_UNREFERRED = 3  # references: the list's, the loop's, and the one to the question itself
 _RUN = 1 << 18  # bytes of small gradients that are copied at once, and are then still in the cache
 
 
@@ -40,13 +44,14 @@ class Bucket:
         self._like = [like[i] for i in indices]
         self._runs = list(_runs([size_of(t.shape, t) for t in self._like], _RUN))
         self._sizes = [sum(t.numel() for t in self._like[run]) for run in self._runs]
+        self._memory = Memory(sum(self._sizes), self._like[0])
 
     def filled(self, parts: Sequence[Tensor | None], weight: float) -> tuple[Tensor, list[Tensor]]:
         """The gradients times `weight`, flat, and each gradient's place in that.
 
         Gradients that are None, or sparse, count as zeros.
         """
-        flat = self._like[0].new_empty([sum(self._sizes)])
+        flat = self._memory.empty()
         places = unflatten(flat, self._like)
         own = [
             torch.zeros_like(like) if (part := parts[i]) is None or part.is_sparse else part
@@ -60,6 +65,38 @@ class Bucket:
             if weight != 1:
                 piece.mul_(weight)
         return flat, places
+
+
+class Memory:
+    """Memory for flat tensors, used again once nothing refers to it: new pages cost a copy's time.
+
+    The system is asked for large tensors' memory at each step otherwise, and gives it page by page.
+    The gradients of a step are views of such memory, and whoever keeps one keeps all of it.
+
+    Args:
+        length: of the tensors.
+        like: of the same dtype and device.
+    """
+
+    def __init__(self, length: int, like: Tensor) -> None:
+        self._length = length
+        self._like = like.new_empty(0)
+        size = size_of([length], like)
+        self._size = size if size >= _LARGE and like.device.type == "cpu" else 0
+        self._blocks: list[bytearray] = []
+
+    def empty(self) -> Tensor:
+        """A tensor of one axis whose memory nothing else refers to."""
+        for block in self._blocks if self._size else ():
+            if sys.getrefcount(block) == _UNREFERRED:
+                return self._tensor(block)
+        if not self._size or len(self._blocks) == _MOST_BLOCKS:
+            return self._like.new_empty(self._length)
+        self._blocks.append(bytearray(self._size))
+        return self._tensor(self._blocks[-1])
+
+    def _tensor(self, block: bytearray) -> Tensor:
+        return torch.frombuffer(block, dtype=self._like.dtype)
 
 
 class Reducer:

@@ -12,6 +12,7 @@ from .call import Call
 from .internals import is_transformed
 from .lane_runner import LaneRunner
 from .lanes import Lanes
+from .tree import EXECUTION
 from .wrapper import ModelWrapper
 
 
@@ -51,6 +52,12 @@ class ThreadedCPUParallel(ModelWrapper):
             raise ValueError(f'threads must be a positive integer or "auto"; got {threads!r}.')
         self.threads = threads
 
+    def _is_plain(self, method: str) -> bool:
+        if self.threads != "auto":
+            return self.threads == 1
+        runner = self.__dict__.get(EXECUTION)
+        return runner is not None and runner.runs_plainly(self._modules["module"], method)
+
     def _run(self, call: Call) -> Nest:
         rows = rows_of(call.arguments)
         if not rows or is_transformed():
@@ -59,6 +66,6 @@ class ThreadedCPUParallel(ModelWrapper):
         tuner = runner.tuner(call, torch.get_num_threads()) if self.threads == "auto" else None
         lanes = min(tuner.next() if tuner else int(self.threads), rows)
         if lanes == 1 and (tuner is None or tuner.chosen):
-            return call.on(self.module)
+            return call.on(self.module)  # one row
         operator_threads = max(1, torch.get_num_threads() // lanes)
         return runner.run(call, rows, Lanes([None] * lanes, None, operator_threads), tuner)

@@ -90,6 +90,10 @@ class ModelWrapper(nn.Module):
     def _run(self, call: Call) -> Nest:
         """Makes `call` on the module, on shards of its batch."""
 
+    def _is_plain(self, method: str) -> bool:
+        """Whether for calls of `method` there is nothing to do but to make them on the module."""
+        return False
+
     def _make(self, call: Call) -> Nest:
         """Makes `call`, on shards unless they are not wanted."""
         return call.on(self.module) if is_unsplit() else self._run(call)
@@ -115,6 +119,8 @@ class ModelWrapper(nn.Module):
         Raises:
             ValueError: inputs disagree about the number of rows, or an output has other rows.
         """
+        if self._is_plain("forward"):
+            return self._modules["module"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]
         return self._make(Call("forward", args, kwargs))
 
     def __getattr__(self, name: str) -> Any:
