@@ -23,7 +23,7 @@ from torch import Tensor
 from .collectives import Collectives
 from .connecting import connect
 from .watch import watch
-from .wire import Wire
+from .wire import GivenUpError, Wire
 
 _HEAD = struct.Struct("<BII")  # failed? length of the text, number of facts
 _MOST_TEXT = 1024
@@ -169,6 +169,8 @@ class Channel:
             watching.is_waiting = True
         try:
             return speak()
+        except GivenUpError as error:
+            raise PeerError(f"Rank {self.rank} cannot go on: {error}", follows=True) from error
         except (TimeoutError, ConnectionError) as error:
             waited_s = time.monotonic() - begun_s
             doing = f" to {watching.doing}" if watching else ""
@@ -217,7 +219,7 @@ class Frame(NamedTuple):
 
 def _as_tensor(message: memoryview) -> Tensor:
     if not message.nbytes:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(message, dtype=torch.uint8)
 
 
