@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -23,7 +24,7 @@ from torch import Tensor
 from .collectives import Collectives
 from .connecting import connect
 from .watch import watch
-from .wire import Wire
+from .wire import GivenUpError, Wire
 
 _HEAD = struct.Struct("<BII")  # failed? length of the text, number of facts
 _MOST_TEXT = 1024
@@ -169,6 +170,8 @@ class Channel:
             watching.is_waiting = True
         try:
             return speak()
+        except GivenUpError as error:
+            raise PeerError(f"Rank {self.rank} cannot go on: {error}", follows=True) from error
         except (TimeoutError, ConnectionError) as error:
             waited_s = time.monotonic() - begun_s
             doing = f" to {watching.doing}" if watching else ""
@@ -215,7 +218,7 @@ class Frame(NamedTuple):
 
 def _as_tensor(message: memoryview) -> Tensor:
     if not message.nbytes:
-        return torch.empty(0, dtype=torch.uint8)
+        return torch.empty(0, dtype=torch.uint8, device="cpu")
     return torch.frombuffer(message, dtype=torch.uint8)
 
 
@@ -223,23 +226,26 @@ def fingerprint(tensor: Tensor) -> float:
     """A number that different batches do not share: a weighted mean of a sample of `tensor`."""
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
-        flat = torch.view_as_real(flat).reshape(-1)
-    sample = flat[:: 1 + len(flat) // 1024].double().cpu()
+        flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
+    sample = flat[:: 1 + len(flat) // 1024].double().resolve_neg().cpu()
     if not len(sample):
         return 0.0
     numbers = sample.numpy()  # whose operators are quicker on so few
     weights = _weights(len(sample))
-    number = float(weights @ (numbers + 2 * abs(numbers)))  # no terms that cancel
-    if not math.isfinite(number):
-        numbers = sample.nan_to_num(0.5, 3.0, -2.0).numpy()
-        number = float(weights @ (numbers + 2 * abs(numbers)))
+    with np.errstate(all="ignore"):
+        number = float(weights @ (numbers + 2 * abs(numbers)))  # no terms that cancel
+        if not math.isfinite(number):
+            numbers = sample.nan_to_num(0.5, 3.0, -2.0).numpy()
+            number = float(weights @ (numbers + 2 * abs(numbers)))
     return number
 
 
 @functools.lru_cache(maxsize=64)
 def _weights(count: int) -> Any:
     with torch.inference_mode(False):
-        return torch.linspace(1.0 / count, 2.0 / count, count, dtype=torch.float64).numpy()
+        return torch.linspace(
+            1.0 / count, 2.0 / count, count, dtype=torch.float64, device="cpu"
+        ).numpy()
 
 
 def _is_close(a: float, b: float) -> bool:

@@ -31,9 +31,9 @@ class Collectives:
     def gather(self, parts: Sequence[bytes | memoryview], timeout_s: float) -> list[memoryview]:
         """Everyone's message, in the order of ranks; as `Wire.gather`."""
         own = torch.frombuffer(bytearray(b"".join(parts)), dtype=torch.uint8)
-        lengths = self._gather(torch.tensor([len(own)]), timeout_s)
+        lengths = self._gather(torch.tensor([len(own)], device="cpu"), timeout_s)
         longest = max(int(length) for length in lengths)
-        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded = torch.zeros(longest, dtype=torch.uint8, device="cpu")
         padded[: len(own)] = own
         messages = self._gather(padded, timeout_s)
         return [

@@ -10,8 +10,10 @@ r - 1, r - 2, r - 4, ... and receives from r + 1, r + 2, r + 4, ...
     sum      a ring: each rank's run of the numbers collects everyone's in n - 1 steps, and in as
              many goes around, so that all ranks have the very same bits (Patarasu, Yuan, 2009)
 
-Every message has the number of the collective that it is for. What belongs to one that this rank
-has given up is dropped when it comes, so an error leaves nothing behind that another could take.
+Every message says which collective it is for, by number and kind. What belongs to one that this
+rank has given up is dropped when it comes, so an error leaves nothing behind that another could
+take. A rank that gives up, for whatever reason, tells those that wait for it; so none waits long
+because another has ended that it does not hear from itself.
 """
 
 from __future__ import annotations
@@ -20,25 +22,36 @@ import os
 import select
 import socket
 import struct
+import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import islice
 
 import torch
 from torch import Tensor
 
-_HEAD = struct.Struct("<QQ")  # the number of the collective, the length of the message
-_LENGTH = struct.Struct("<I")
+_HEAD = struct.Struct("<BQQ")  # the kind and the number of the collective, the message's length
+_GATHER, _SUM, _GIVEN_UP = range(3)
+_LENGTH = struct.Struct("<Q")
 _PIECE = 1 << 22  # bytes of a sum that go around at once: a cache's worth
 _MOST_VIEWS = 8  # given to the system at once
+_MOST_TEXT = 1024
+_LOOK_AGAIN_S = 3600.0  # a wait that the system takes
 
 Bytes = bytes | bytearray | memoryview
 
 
+class GivenUpError(ConnectionError):
+    """Another rank has given up what this one waits for, and says why."""
+
+
 class Outgoing:
     """A socket that this rank sends on.
+
+    To a rank that has ended nothing is sent: those notice it that wait for it.
 
     Args:
         connection: to the rank that receives.
@@ -51,11 +64,11 @@ class Outgoing:
         self.rank = rank
         self._left: deque[memoryview] = deque()
 
-    def put(self, number: int, parts: Sequence[Bytes]) -> None:
+    def put(self, kind: int, number: int, parts: Sequence[Bytes]) -> None:
         """Begins to send a message."""
-        views = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
-        self._left.append(memoryview(_HEAD.pack(number, sum(view.nbytes for view in views))))
-        self._left.extend(views)
+        views = [memoryview(part) for part in parts if len(part)]
+        head = _HEAD.pack(kind, number, sum(map(len, views)))
+        self._left.extend([memoryview(head), *views])
 
     def push(self) -> bool:
         """Sends what can be sent at once; whether nothing is left."""
@@ -64,6 +77,11 @@ class Outgoing:
                 self._drop(self.connection.sendmsg([*islice(self._left, _MOST_VIEWS)]))
         except BlockingIOError:
             return False
+        except OSError as error:
+            if error.errno is None:  # from the handler of a signal
+                raise
+            self.connection.close()
+            self._left.clear()
         return True
 
     def keep(self) -> None:
@@ -71,8 +89,8 @@ class Outgoing:
         self._left = deque(memoryview(bytes(view)) for view in self._left)
 
     def _drop(self, sent: int) -> None:
-        while sent and sent >= self._left[0].nbytes:
-            sent -= self._left.popleft().nbytes
+        while sent and sent >= len(self._left[0]):
+            sent -= len(self._left.popleft())
         if sent:
             self._left[0] = self._left[0][sent:]
 
@@ -89,61 +107,89 @@ class Incoming:
         connection.setblocking(False)
         self.connection = connection
         self.rank = rank
-        self._head = bytearray(_HEAD.size)
+        self._head = memoryview(bytearray(_HEAD.size))
         self._begin()
 
     def _begin(self) -> None:
-        self._number: int | None = None  # of the message that is coming
-        self._into = memoryview(self._head)
-        self._message: bytearray | None = None
+        self._kind = self._number = -1  # of the message that is coming
+        self._into = self._head
+        self._own: bytearray | None = None  # what it comes into, unless that is the caller's
         self._had = 0
 
-    def pull(self, number: int, target: memoryview | None) -> Bytes | None:
-        """The next message for the collective `number`, into `target` if there is one.
+    def pull(self, kind: int, number: int, target: memoryview | None) -> Bytes | None:
+        """The next message for the collective `number`, in `target` if there is one.
 
         Returns:
             The message; None if it has not all come yet.
+
+        Raises:
+            ConnectionError: there will be none.
         """
         try:
             while True:
-                if self._number is None:
-                    if not self._fill():
-                        continue
-                    self._number, length = _HEAD.unpack(self._head)
-                    is_awaited = self._number == number and target is not None
-                    self._message = None if is_awaited else bytearray(length)
-                    self._into = memoryview(target if is_awaited else self._message)
-                    self._had = 0
-                    if self._into.nbytes != length:
-                        raise ConnectionError(f"rank {self.rank} sends another number of bytes")
+                if self._number < 0 and self._fill():
+                    self._make_room(kind, number, target)
                 if self._number > number:
-                    raise ConnectionError(f"rank {self.rank} has given this up")
-                if self._fill():
-                    done, found = self._number == number, self._message
+                    raise GivenUpError(f"rank {self.rank} has given this up")
+                if self._number >= 0 and self._fill():
+                    came, message, is_of = self._kind, self._own, self._number
                     self._begin()
-                    if done:
-                        return target if found is None else found
+                    if is_of == number:
+                        return self._taken(came, message, kind, target)
         except BlockingIOError:
             return None
 
     def keep(self) -> None:
         """Has what is still to come no longer go to the caller."""
-        if self._number is not None and self._message is None:
-            self._message = bytearray(self._into.nbytes)
-            self._into = memoryview(self._message)
+        if self._number >= 0 and self._own is None:
+            self._own = bytearray(len(self._into))
+            self._into = memoryview(self._own)
+
+    def _make_room(self, kind: int, number: int, target: memoryview | None) -> None:
+        """Looks at the head, and makes room for the rest."""
+        *said, length = _HEAD.unpack(self._head)
+        if said == [kind, number] and target is not None and len(target) == length:
+            self._into = target
+        else:
+            self._own = bytearray(length)
+            self._into = memoryview(self._own)
+        self._kind, self._number = said
+        self._had = 0
+
+    def _taken(
+        self, came: int, message: bytearray | None, kind: int, target: memoryview | None
+    ) -> Bytes:
+        """A message for the awaited collective, in `target` if there is one."""
+        if came == _GIVEN_UP:
+            raise GivenUpError(f"rank {self.rank} has given this up: {(message or b'').decode()}")
+        if came != kind:
+            raise ConnectionError(f"rank {self.rank} does something else")
+        if message is None or target is None:
+            return target if message is None else message  # pyright: ignore[reportReturnType]
+        if len(message) != len(target):
+            raise ConnectionError(f"rank {self.rank} sends another number of bytes")
+        target[:] = message
+        return target
 
     def _fill(self) -> bool:
         """Receives once; whether all there is to come has come."""
-        if self._had < self._into.nbytes:
-            received = self.connection.recv_into(self._into[self._had :])
+        if self._had < len(self._into):
+            try:
+                received = self.connection.recv_into(self._into[self._had :])
+            except BlockingIOError:
+                raise
+            except OSError as error:
+                if error.errno is None:  # from the handler of a signal
+                    raise
+                raise ConnectionError(f"rank {self.rank} has ended: {error}") from error
             if not received:
                 raise ConnectionError(f"rank {self.rank} has ended")
             self._had += received
-        return self._had == self._into.nbytes
+        return self._had == len(self._into)
 
 
 class Wire:
-    """This rank's sockets to others of its group.
+    """This rank's sockets to others of its group. Its threads take turns.
 
     Args:
         rank: this rank.
@@ -159,12 +205,18 @@ class Wire:
         self._outgoing = outgoing
         self._incoming = incoming
         self._number = 0
+        self._turn = threading.Lock()
+        self._is_closed = False
+        self._is_moving = False  # bytes, not all of which have been counted
         _open.add(self)
 
     def close(self) -> None:
         """Closes the sockets."""
+        self._is_closed = True
         for link in (*self._outgoing, *self._incoming):
             link.connection.close()
+
+    __del__ = close
 
     def gather(self, parts: Sequence[Bytes], timeout_s: float) -> list[memoryview]:
         """Everyone's message, in the order of ranks.
@@ -175,18 +227,16 @@ class Wire:
 
         Raises:
             TimeoutError: they have not come.
-            ConnectionError: one of them has ended.
+            ConnectionError: one of them has ended, has given this up or does something else.
         """
-        self._number += 1
-        until_s = time.monotonic() + timeout_s
-        own = bytearray().join(parts)
-        have: list[Bytes] = [own]
-        for outgoing, incoming in zip(self._outgoing, self._incoming, strict=True):
-            passed = have[: self.world_size - len(have)]
-            lengths = b"".join(_LENGTH.pack(len(message)) for message in passed)
-            outgoing.put(self._number, [lengths, *passed])
-            received = self._pass(outgoing, incoming, None, until_s)
-            have += _cut(received, len(passed))
+        with self._collective(timeout_s) as until_s:
+            have: list[Bytes] = [bytearray().join(parts)]
+            for outgoing, incoming in zip(self._outgoing, self._incoming, strict=True):
+                passed = have[: self.world_size - len(have)]
+                lengths = b"".join(_LENGTH.pack(len(message)) for message in passed)
+                outgoing.put(_GATHER, self._number, [lengths, *passed])
+                received = self._pass(outgoing, incoming, _GATHER, None, until_s)
+                have += _cut(received, len(passed))
         start = self.world_size - self.rank
         return [memoryview(message) for message in have[start:] + have[:start]]
 
@@ -196,13 +246,16 @@ class Wire:
         Args:
             flat: one axis, contiguous, on the CPU; as long on every rank.
             timeout_s: how long to wait for the others, in seconds.
+
+        Raises:
+            TimeoutError: they have not come; then `flat` is neither.
+            ConnectionError: as `gather`.
         """
-        self._number += 1
-        until_s = time.monotonic() + timeout_s
         size = max(1, _PIECE // flat.element_size())
-        other = torch.empty(min(size, len(flat)) // self.world_size + 1, dtype=flat.dtype)
-        for piece in flat.split(size):
-            self._sum_piece(piece, other, until_s)
+        other = flat.new_empty(min(size, len(flat)) // self.world_size + 1)
+        with self._collective(timeout_s) as until_s:
+            for piece in flat.split(size):
+                self._sum_piece(piece, other, until_s)
 
     def _sum_piece(self, piece: Tensor, other: Tensor, until_s: float) -> None:
         n, r = self.world_size, self.rank
@@ -216,39 +269,76 @@ class Wire:
             self._ring(runs[(r + step) % n], runs[(r + 1 + step) % n], until_s)
 
     def _ring(self, own: Tensor, into: Tensor, until_s: float) -> None:
-        self._outgoing[0].put(self._number, [_bytes_of(own)])
-        self._pass(self._outgoing[0], self._incoming[0], _bytes_of(into), until_s)
+        self._outgoing[0].put(_SUM, self._number, [_bytes_of(own)])
+        self._pass(self._outgoing[0], self._incoming[0], _SUM, _bytes_of(into), until_s)
 
     def _pass(
-        self, outgoing: Outgoing, incoming: Incoming, target: memoryview | None, until_s: float
+        self,
+        outgoing: Outgoing,
+        incoming: Incoming,
+        kind: int,
+        target: memoryview | None,
+        until_s: float,
     ) -> Bytes:
         """Sends what is there to be sent, and receives a message at the same time."""
         sent, received = False, None
+        while True:
+            self._is_moving = True
+            sent = sent or outgoing.push()
+            if received is None:
+                received = incoming.pull(kind, self._number, target)
+            self._is_moving = False
+            if sent and received is not None:
+                return received
+            _wait(outgoing, incoming, not sent, received is None, until_s)
+
+    @contextmanager
+    def _collective(self, timeout_s: float) -> Iterator[float]:
+        """One collective, which ends or is given up; with the time by which it must end."""
+        until_s = time.monotonic() + timeout_s
+        if not self._turn.acquire(timeout=min(timeout_s, threading.TIMEOUT_MAX)):
+            raise TimeoutError("another thread of this process still waits for the others")
         try:
-            while True:
-                sent = sent or outgoing.push()
-                received = incoming.pull(self._number, target) if received is None else received
-                if sent and received is not None:
-                    return received
-                _wait(outgoing, incoming, not sent, received is None, until_s)
+            if self._is_closed:
+                raise ConnectionError("this process's connections have been closed")
+            self._number += 1
+            yield until_s
+        except BaseException as error:
+            self._give_up(error)
+            raise
         finally:
-            if not sent or received is None:
-                outgoing.keep()
-                incoming.keep()
+            self._turn.release()
+
+    def _give_up(self, error: BaseException) -> None:
+        """Leaves nothing of this collective to the next, and tells those that wait."""
+        if self._is_moving and not isinstance(error, ConnectionError):
+            self.close()  # interrupted, so how much of a message has crossed is not known
+        if self._is_closed:
+            return
+        self._is_moving = False
+        name = "" if isinstance(error, OSError) else f"{type(error).__name__} "
+        text = f"{name}{error}".encode(errors="replace")[:_MOST_TEXT]
+        for incoming in self._incoming:
+            incoming.keep()
+        for outgoing in self._outgoing:
+            outgoing.keep()
+            outgoing.put(_GIVEN_UP, self._number, [text])
+            outgoing.push()
 
 
 def _wait(
     outgoing: Outgoing, incoming: Incoming, to_send: bool, to_receive: bool, until_s: float
 ) -> None:
-    """Waits until there is something to be done."""
+    """Waits until there is something to be done, or to be looked at again."""
+    left_s = until_s - time.monotonic()
+    if left_s <= 0:
+        raise TimeoutError(f"rank {(incoming if to_receive else outgoing).rank} does not come")
     poll = select.poll()
     if to_send:
         poll.register(outgoing.connection, select.POLLOUT)
     if to_receive:
         poll.register(incoming.connection, select.POLLIN)
-    left_s = until_s - time.monotonic()
-    if left_s <= 0 or not poll.poll(left_s * 1000):
-        raise TimeoutError(f"rank {(incoming if to_receive else outgoing).rank} does not come")
+    poll.poll(min(left_s, _LOOK_AGAIN_S) * 1000)
 
 
 def _cut(received: Bytes, count: int) -> list[Bytes]:
@@ -272,7 +362,9 @@ _open: weakref.WeakSet[Wire] = weakref.WeakSet()
 def _close_in_child() -> None:
     """A forked process's copies would keep connections open when this process has ended."""
     for wire in list(_open):
+        wire._turn = threading.Lock()  # another thread's turn does not end here
         wire.close()
 
 
-os.register_at_fork(after_in_child=_close_in_child)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_close_in_child)
