@@ -6,6 +6,7 @@ ways        how a model can be trained: plain, in threads, under DDP, under Dist
 training    one model under one way, ready to make steps
 crew        the processes that make them
 server      what they are forked from
+turns       what they are asked to do
 trial       all ways of one model, side by side
 measured    what was measured, and ratios of it
 targets     what it should show, and whether it does
@@ -14,4 +15,13 @@ chart       as a picture
 machine     what it was measured on, and the counters of memory and network
 loop        what a learner's step costs over the same loop by hand
 growth      how cost grows with processes, threads, batch and parameters
+
+What `scripts/predict` predicts, and how.
+
+prediction         the command, its tables and files
+prediction_chart   the same as a picture
+scaling            the model of a step, and what it assumes
+calibration        what it takes, measured here, and how far off it is here
+collectives        what processes say to each other in a step, and how long that takes
+links              what connects ranks
 """

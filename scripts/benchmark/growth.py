@@ -146,7 +146,11 @@ def draw(sweep: Sweep, points: list[Point], title: str, path: Path) -> None:
         mine = [point for point in points if point.model == model]
         _lines(axes[0], mine, lambda point, m: 1e3 * m.step_s)
         _lines(axes[1], mine, lambda point, m: point.over_plain(m)[1])
-        axes[0].set(ylabel=f"{model}: ms / step", yscale="log")
+        axes[0].set_ylabel(f"{model}: ms / step")
+        if len(mine) > len(WORKERS):  # a wide range
+            axes[0].set_yscale("log")
+        else:
+            axes[0].set_ylim(bottom=0)
         axes[1].set_ylabel("times as fast as plain")
         axes[1].axhline(1.0, color="black", linewidth=0.8)
         for ax in axes:

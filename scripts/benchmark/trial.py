@@ -4,39 +4,31 @@
     round 2   local │ plain │ threads │ ddp        in another order every time
     ...
 
-A turn begins with a step that is not timed, after which caches and threads are this way's. Ratios
-are taken within a round, so that what slows the machine down for a while slows both.
+Ratios are taken within a round, so that what slows the machine down for a while slows both.
 """
 
 from __future__ import annotations
 
-import gc
 import random
 import time
 from collections.abc import Callable, Sequence
 
-import torch
-from torch import nn
-
-from . import machine
-from .crew import Crew, Member
+from . import machine, turns
+from .crew import Crew
 from .measured import Measured
-from .training import Training, training
 from .ways import Way
 from .zoo import Case
 
+TURN_S = 0.35
+LEAST_STEPS, MOST_STEPS = 2, 400  # of a turn
 LEAST_WARM_UP_STEPS = 3  # DDP makes its buckets anew after the first
 WARM_UP_STEPS = 6
-WARM_UP_S = 3.0  # after which the least are enough
-MOST_WARM_UP_STEPS = 25  # while auto still tries
-TURN_S = 0.35
-MOST_STEPS = 400  # of a turn
-LEAST_STEPS = 2
+WARM_UP_S = 1.5  # after which the least are enough
+
+Say = Callable[[str], None]
 
 
-def measure(
-    case: Case, ways: Sequence[Way], rounds: int, memory: bool, say: Callable[[str], None]
-) -> list[Measured]:
+def measure(case: Case, ways: Sequence[Way], rounds: int, memory: bool, say: Say) -> list[Measured]:
     """Measures the ways of one model.
 
     Args:
@@ -46,111 +38,51 @@ def measure(
         memory: whether to measure peak memory too, which takes new processes for each way.
         say: told what is going on.
     """
-    found = {way.name: Measured(case, way) for way in ways}
-    with Crew(max(way.processes for way in ways)) as crew:
-        for way in ways:
-            say(f"{case.name}: {way.name} warms up")
-            _warm_up(crew, found[way.name])
-        for number in range(rounds):
-            say(f"{case.name}: round {number + 1} of {rounds}")
-            for way in random.Random(number).sample(ways, len(ways)):
-                _take_turn(crew, found[way.name], number)
+    found = [Measured(case, way) for way in ways]
+    take_rounds(found, max(way.processes for way in ways), rounds, say)
     if memory:
-        for way in ways:
-            say(f"{case.name}: memory of {way.name}")
-            found[way.name].peak_mib = peak_mib(case, way)
-    return list(found.values())
+        for measured in found:
+            say(f"{case.name}: memory of {measured.way.name}")
+            measured.peak_mib = peak_mib(case, measured.way)
+    return found
+
+
+def take_rounds(found: Sequence[Measured], processes: int, rounds: int, say: Say) -> None:
+    """Adds so many rounds to what was measured, in that many processes."""
+    with Crew(processes) as crew:
+        for measured in found:
+            say(f"{measured.case.name}: {measured.way.name} warms up")
+            _warm_up(crew, measured)
+        for number in range(rounds):
+            say(f"{found[0].case.name}: round {number + 1} of {rounds}")
+            for measured in random.Random(number).sample(found, len(found)):
+                _take_turn(crew, measured, number)
 
 
 def _warm_up(crew: Crew, measured: Measured) -> None:
-    case, way = measured.case, measured.way
-    crew.ask(way.processes, make, case, way)
-    measured.deciding_steps = crew.ask(way.processes, warm_up, way)[0]
-    measured.lanes = crew.ask(way.processes, lanes, way)[0]
-    seconds = max(crew.ask(way.processes, turn, way, 3, 0))
+    case, way, count = measured.case, measured.way, measured.way.processes
+    begun_s = time.perf_counter()
+    crew.ask(count, turns.make, case, way)
+    decided = crew.ask(count, turns.warm_up, case, way, LEAST_WARM_UP_STEPS)[0]
+    if time.perf_counter() - begun_s < WARM_UP_S:  # asked here, so that no process decides alone
+        crew.ask(count, turns.warm_up, case, way, WARM_UP_STEPS - LEAST_WARM_UP_STEPS)
+    measured.lanes = crew.ask(count, turns.lanes, case, way)[0]
+    measured.deciding_steps = decided if measured.lanes else None
+    seconds = max(crew.ask(count, turns.turn, case, way, LEAST_STEPS, 0))
     measured.steps = min(max(round(TURN_S / seconds), LEAST_STEPS), MOST_STEPS)
 
 
 def _take_turn(crew: Crew, measured: Measured, number: int) -> None:
-    way, steps = measured.way, measured.steps
+    case, way, steps = measured.case, measured.way, measured.steps
     sent_before = machine.loopback_bytes()
-    measured.seconds.append(max(crew.ask(way.processes, turn, way, steps, number)))
+    seconds = max(crew.ask(way.processes, turns.turn, case, way, steps, number))
     sent = machine.loopback_bytes() - sent_before
-    measured.sent_bytes.append(sent / (steps + 1))
+    measured.seconds.append(seconds)
+    measured.sent_bytes.append(sent / (steps + turns.UNTIMED_STEPS))
 
 
 def peak_mib(case: Case, way: Way) -> float:
     """The most memory that rank 0 takes in training, over what it had before, in MiB."""
     with Crew(way.processes) as crew:
-        return crew.ask(way.processes, memory_of, case, way)[0] / machine.MIB
-
-
-# In the processes
-
-
-def make(member: Member, case: Case, way: Way) -> None:
-    """Makes the training, so that it can be asked for."""
-    member.kept[way.name] = training(case, way, member.rank)
-
-
-def warm_up(member: Member, way: Way) -> int | None:
-    """Makes the first steps; returns after how many a number of threads was chosen, if one was."""
-    trained: Training = member.kept[way.name]
-    _settle(member, way, 0)
-    begun_s = time.perf_counter()
-    made = decided = 0
-    while made < _enough(time.perf_counter() - begun_s, trained):
-        trained.run(1)
-        made += 1
-        decided = decided or (0 if trained.is_deciding else made)
-    return decided if trained.lanes else None
-
-
-def _enough(seconds: float, trained: Training) -> int:
-    """How many steps are enough to warm up, after so many seconds."""
-    if trained.is_deciding:
-        return MOST_WARM_UP_STEPS
-    return WARM_UP_STEPS if seconds < WARM_UP_S else LEAST_WARM_UP_STEPS
-
-
-def lanes(member: Member, way: Way) -> int | None:
-    """How many threads `threads="auto"` has chosen, if it has."""
-    trained: Training = member.kept[way.name]
-    return trained.lanes
-
-
-def turn(member: Member, way: Way, steps: int, number: int) -> float:
-    """Makes so many steps, and one before; returns the seconds that one of them took."""
-    trained: Training = member.kept[way.name]
-    _settle(member, way, number)
-    trained.run(1)
-    begun_s = time.perf_counter()
-    trained.run(steps)
-    return (time.perf_counter() - begun_s) / steps
-
-
-def memory_of(member: Member, case: Case, way: Way) -> float:
-    """The peak of resident memory in the first steps, over what was resident before."""
-    _settle(member, way, 0)
-    _step_once()
-    gc.collect()
-    machine.forget_peak()
-    before = machine.resident_bytes()
-    make(member, case, way)
-    warm_up(member, way)
-    return machine.peak_bytes() - before
-
-
-def _settle(member: Member, way: Way, number: int) -> None:
-    """Gives this process the threads of a way, and numbers to draw: its own if its rows are."""
-    torch.set_num_threads(way.threads)
-    torch.manual_seed(1000 * number + (member.rank if way.rows == "own" else 0))
-
-
-def _step_once() -> None:
-    """Has torch load what it loads at first use."""
-    model = nn.Linear(2, 2)
-    optimizer = torch.optim.Adam(model.parameters())
-    model(torch.ones(2, 2)).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+        peaks = crew.ask(way.processes, turns.peak_bytes, case, way, WARM_UP_STEPS)
+    return peaks[0] / machine.MIB

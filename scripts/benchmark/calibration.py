@@ -1,0 +1,121 @@
+"""What the model of a step takes, measured here, and how far off it is here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+
+from .collectives import Collective, Speed, line, traced
+from .crew import Crew, Member
+from .links import LOOPBACK
+from .measured import Measured
+from .scaling import Compute, Scaling
+from .trial import Say, take_rounds
+from .ways import CORES, Way, ddp, distributed, plain
+from .zoo import CLASSES, Case
+
+TRACED = 2  # processes in which a step is traced
+FACTORS = (0.5, 1.0, 2.0)  # of the case's rows, to fit compute to
+_LOSS_ROWS = (2**10, 2**15)
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measured step beside the predicted one."""
+
+    ranks: int
+    way: str
+    measured_s: float
+    predicted_s: float
+
+    @property
+    def error(self) -> float:
+        """How much the prediction is off, relative to what was measured."""
+        return self.predicted_s / self.measured_s - 1
+
+
+def calibrated(
+    case: Case, speeds: dict[str, Speed], rounds: int, say: Say
+) -> tuple[Scaling, list[Check]]:
+    """The model of a case's steps, and how far off it is here with the whole batch fixed.
+
+    What is checked is measured in the same rounds as the compute that predicts it, since the
+    machine's speed changes from minute to minute.
+    """
+    model = Scaling(Compute(0, 0), *_loss_and_inputs(case), _sent(case, say), speeds)
+    checks: list[Check] = []
+    models: list[Scaling] = []
+    for processes, ways in CHECKED.items():
+        alone = [Measured(replace(case, rows=round(case.rows * f)), ALONE) for f in FACTORS]
+        measured = [Measured(case, way) for way in ways]
+        take_rounds([*alone, *measured], processes, rounds, say)
+        models.append(replace(model, compute=_compute(alone)))
+        checks += [_check(models[-1], m) for m in measured]
+    return models[0], checks
+
+
+def _compute(alone: Sequence[Measured]) -> Compute:
+    rows = [m.case.rows / m.way.processes for m in alone]
+    return Compute(*line(rows, [m.step_s for m in alone]))
+
+
+def _check(model: Scaling, measured: Measured) -> Check:
+    ranks = measured.way.processes
+    name = measured.way.name
+    way = name if name in model.sent else next(iter(model.sent))  # one rank sends nothing
+    busy = max(1.0, ranks / CORES)
+    predicted_s = busy * model.step_s(way, ranks, measured.case.rows / ranks, LOOPBACK)
+    return Check(ranks, name, measured.step_s, predicted_s)
+
+
+def _sent(case: Case, say: Say) -> dict[str, list[Collective]]:
+    """What each way sends in a step, in `TRACED` processes."""
+    sent = {}
+    for way in predicted_ways(TRACED):
+        say(f"{case.name}: what {way.name} sends")
+        sent[way.name] = traced(case, way)
+    return sent
+
+
+def predicted_ways(processes: int) -> list[Way]:
+    """Those that are predicted, in so many processes."""
+    wrapped = [distributed(batch, processes, batch) for batch in ("local", "global")]
+    return [ddp("ddp-view", processes, view=True), *wrapped]
+
+
+ALONE = Way("alone", "plain torch, nothing sent", plain, CORES, "own", threads=1)
+ONE = replace(ALONE, name="one", processes=1)
+CHECKED = {2: [ONE, *predicted_ways(2)], 4: predicted_ways(4)}  # by processes
+
+
+def _loss_and_inputs(case: Case) -> tuple[float, float]:
+    """Seconds of the loss and its gradient, and bytes of a batch, for each row."""
+    torch.manual_seed(0)
+    batch = case.batch(case.rows)
+    with Crew(1) as crew:
+        (loss_s,) = crew.ask(1, loss_row_s)
+    return loss_s, sum(tensor.nbytes for tensor in batch) / case.rows
+
+
+# In a process
+
+
+def loss_row_s(member: Member) -> float:
+    """Seconds of the loss and its gradient, for each row."""
+    few, many = (_loss_s(rows) for rows in _LOSS_ROWS)
+    return max(0.0, (many - few) / (_LOSS_ROWS[1] - _LOSS_ROWS[0]))
+
+
+def _loss_s(rows: int) -> float:
+    outputs = torch.randn(rows, CLASSES, requires_grad=True)
+    targets = torch.randint(CLASSES, (rows,))
+    taken = []
+    for _ in range(20):
+        begun_s = time.perf_counter()
+        F.cross_entropy(outputs, targets).backward()
+        taken.append(time.perf_counter() - begun_s)
+    return min(taken)

@@ -1,0 +1,96 @@
+"""How long a step takes on any number of ranks: a model, and what it assumes.
+
+    step = compute + loss + messages x latency + bytes / bandwidth
+
+1.  Rows of a rank are fixed, so the whole batch grows with the ranks (weak scaling), and a rank is
+    a core as there is here. Efficiency is compute / step.
+2.  Compute is a + b x rows: forward, backward and optimizer of plain torch with 1 thread, measured
+    while as many processes do it as there are cores, sharing caches and memory, sending nothing.
+3.  What a step sends is what torch's profiler saw in 2 processes: kinds, numbers and sizes of the
+    collectives. All other costs of a wrapper are left out; the check shows what they come to.
+4.  Collectives are rings, as gloo's are: an all-reduce of n bytes over p ranks is 2 (p - 1)
+    messages of n / p bytes one after the other, an all-gather is p - 1 messages of n, a broadcast
+    is a tree of log2 p. Other algorithms (trees, several links for each rank, reduction in the
+    switch) are faster at many ranks.
+5.  Latency of a message and bandwidth are fitted, for each kind, to times of 64 bytes to 16 MiB
+    between 2 processes over gloo on the loopback interface. A link takes the same latency: too
+    little for TCP between machines, too much for RDMA. TCP is as fast as its link or as the
+    processor copies, whichever is slower; RDMA as its link. Links are free of other traffic, and
+    their headers cost nothing.
+6.  Nothing overlaps. With cores to spare DDP hides messages behind backward, so that it does better
+    than this, until messages take longer than backward.
+7.  "global": every rank has the whole batch and makes the loss on it, the time of which is measured
+    and grows with the ranks. Loading the whole batch on every rank is not counted. "+ inputs"
+    gathers the inputs from where they were loaded, in one all-gather.
+8.  No rank is slower than another: no stragglers, no failures.
+9.  For the check the whole batch is fixed, and processes in excess of cores make compute and
+    messages longer in proportion.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .collectives import Collective, Speed, messages, seconds
+from .links import Link
+
+INPUTS = "global + inputs"
+RANKS = tuple(2**i for i in range(11))
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Seconds of a step without anything sent: `fixed_s + row_s x rows`."""
+
+    fixed_s: float
+    row_s: float
+
+    def step_s(self, rows: float) -> float:
+        """A step's, of so many rows."""
+        return self.fixed_s + self.row_s * rows
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """What one model's steps come to.
+
+    Args:
+        compute: of one rank.
+        loss_row_s: forward and backward of the loss alone, for each row.
+        input_row_bytes: of the batch, for each row.
+        sent: what each way sends in a step.
+        speeds: by kind of collective.
+    """
+
+    compute: Compute
+    loss_row_s: float
+    input_row_bytes: float
+    sent: dict[str, list[Collective]]
+    speeds: dict[str, Speed]
+
+    @property
+    def ways(self) -> list[str]:
+        """Those that it knows, and "global" with inputs gathered."""
+        return [*self.sent, *([INPUTS] if "global" in self.sent else [])]
+
+    def collectives(self, way: str, rows: float) -> list[Collective]:
+        """What a way sends in a step, each rank having so many rows."""
+        if way != INPUTS:
+            return self.sent[way]
+        inputs = Collective("all_gather", round(self.input_row_bytes * rows))
+        return [*self.sent["global"], inputs]
+
+    def step_s(self, way: str, ranks: int, rows: float, link: Link) -> float:
+        """The seconds of a step on so many ranks, each with so many rows and a core."""
+        others = rows * (ranks - 1) if way in ("global", INPUTS) else 0.0
+        collectives = self.collectives(way, rows)
+        sending_s = sum(seconds(each, ranks, self.speeds, link) for each in collectives)
+        return self.compute.step_s(rows) + self.loss_row_s * others + sending_s
+
+    def efficiency(self, way: str, ranks: int, rows: float, link: Link) -> float:
+        """The part of a step that is compute."""
+        return self.compute.step_s(rows) / self.step_s(way, ranks, rows, link)
+
+    def messages(self, way: str, ranks: int) -> int:
+        """How many messages a rank sends in a step, one after the other."""
+        return sum(messages(each.kind, ranks) for each in self.collectives(way, 0))
