@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from wraploop import processes
 from wraploop.processes.channel import Channel
 
+from .at_step import ReduceAt
 from .batch import Nest, rows_of
 from .call import Call
 from .internals import is_transformed
@@ -47,6 +48,11 @@ class DistributedModel(ModelWrapper):
         methods: which of its methods besides forward take a batch, and run like forward.
         sync_batchnorm: whether its batch norms use the statistics of the whole batch.
         timeout_s: how long to wait for another process, in seconds, before it is an error.
+        reduce_dtype: what gradients are sent and added up as, `torch.bfloat16` say, or its name:
+            half the bytes, and three digits instead of seven. None sends them as they are.
+        reduce_at: "step" brings gradients together once, when an optimizer steps, and not in every
+            "backward": for steps that only call `backward` and read no `.grad` in between, as
+            clipping does.
 
     Raises:
         ValueError: the processes' modules differ; the message names the first difference.
@@ -61,6 +67,8 @@ class DistributedModel(ModelWrapper):
     batch: Literal["global", "local"]
     reduction: Reduction
     timeout_s: float
+    reduce_dtype: torch.dtype | None
+    reduce_at: ReduceAt
     _process_group: Any
 
     def __init__(
@@ -74,6 +82,8 @@ class DistributedModel(ModelWrapper):
         methods: tuple[str, ...] = (),
         sync_batchnorm: bool = True,
         timeout_s: float = 300.0,
+        reduce_dtype: torch.dtype | str | None = None,
+        reduce_at: ReduceAt = "backward",
     ) -> None:
         super().__init__(module, methods=methods, sync_batchnorm=sync_batchnorm)
         if device_ids is not None and len(device_ids) != 1:
@@ -82,6 +92,7 @@ class DistributedModel(ModelWrapper):
             )
         _check_choice("batch", batch, ("global", "local"))
         _check_choice("reduction", reduction, ("mean", "sum"))
+        _check_choice("reduce_at", reduce_at, ("backward", "step"))
         if batch == "global" and reduction != "mean":
             raise ValueError(
                 'reduction says how local losses make up the whole one: it needs batch="local".'
@@ -89,6 +100,8 @@ class DistributedModel(ModelWrapper):
         self.batch = batch
         self.reduction = reduction
         self.timeout_s = timeout_s
+        self.reduce_dtype = _floating(reduce_dtype)
+        self.reduce_at = reduce_at
         self._process_group = process_group
         processes.start(timeout_s)
         device = device_ids[0] if device_ids else processes.device()
@@ -114,8 +127,11 @@ class DistributedModel(ModelWrapper):
         channel = self._channel()
         assert channel is not None
         if self.batch == "global":
-            return RankRunner(module, sync_batchnorm, channel)
-        return LocalRunner(module, sync_batchnorm, channel, self.reduction)
+            return RankRunner(module, sync_batchnorm, channel, self.reduce_dtype, self.reduce_at)
+        return LocalRunner(
+            *(module, sync_batchnorm, channel, self.reduction),
+            *(self.reduce_dtype, self.reduce_at),
+        )
 
     def _run(self, call: Call) -> Nest:
         runner = self._runner()
@@ -160,6 +176,13 @@ _TRANSFORMED = (
 def _check_choice(name: str, given: str, choices: Sequence[str]) -> None:
     if given not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {given!r}.")
+
+
+def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if found is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    raise ValueError(f'reduce_dtype must be a floating dtype, such as "bfloat16"; got {dtype!r}.')
 
 
 def check_same_model(module: nn.Module, channel: Channel) -> None:

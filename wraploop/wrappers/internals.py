@@ -33,6 +33,21 @@ def is_wanted(node: Any) -> bool:
         return True
 
 
+def is_accumulated(node: Any) -> bool:
+    """Whether what the running backward brings to the leaf of `node`, if it does, goes to `.grad`.
+
+    What `torch.autograd.grad` asks for does not; nor what goes on through a node that is no leaf's.
+    """
+    if getattr(node, "variable", None) is None:
+        return False
+    try:
+        return _C._will_engine_execute_node(node) or True
+    except RuntimeError:
+        return False
+    except AttributeError:
+        return True
+
+
 def keeps_graph() -> bool:
     """Whether the running backward keeps its graph; as if it did, where torch does not say."""
     try:

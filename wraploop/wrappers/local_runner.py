@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from wraploop.processes.channel import Channel, fingerprint
 
+from .at_step import AtStep, ReduceAt
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
 from .border import Move
 from .call import Call
@@ -49,18 +50,30 @@ class LocalRunner:
         sync_batchnorm: whether its batch norms use the statistics of the whole batch.
         channel: the way to the other processes.
         reduction: whether losses are means over rows, or sums.
+        reduce_dtype: what gradients are sent as; None is as they are.
+        reduce_at: when they are brought together.
     """
 
     def __init__(
-        self, module: nn.Module, sync_batchnorm: bool, channel: Channel, reduction: Reduction
+        self,
+        module: nn.Module,
+        sync_batchnorm: bool,
+        channel: Channel,
+        reduction: Reduction,
+        reduce_dtype: torch.dtype | None,
+        reduce_at: ReduceAt,
     ) -> None:
         self.module = module
-        self._synced = True
-        self._unsynced: dict[int, Tensor] = {}
+        self._synced = reduce_at == "backward"
+        self._reduce_dtype = reduce_dtype
         self._sync_batchnorm = sync_batchnorm
         self.channel = channel
         self._reduction = reduction
         self._name = type(module).__name__
+        none = [0] * channel.world_size
+        whole = Rank(channel, none, self._name, reduce_dtype=reduce_dtype)
+        self._at_step = AtStep(whole) if reduce_at == "step" else None
+        self._unsynced: dict[int, Tensor] = self._at_step.left if self._at_step else {}
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
         self._random = RandomFingerprint()
         self._calls = 0
@@ -87,6 +100,8 @@ class LocalRunner:
             is_local=True,
             synced=self._synced,
             unsynced=self._unsynced,
+            until_step=self._at_step is not None,
+            reduce_dtype=self._reduce_dtype,
         )
         try:
             return self._run(call, rank, meets, tree)

@@ -30,6 +30,8 @@ class Rank(Shard):
         is_local: whether each rank makes a loss of its own rows.
         synced: whether derivatives are summed over the ranks, or stay each rank's own.
         unsynced: by id, the leaves whose `.grad` holds what was not summed.
+        until_step: whether that waits for the optimizer's step.
+        reduce_dtype: what large gradients are sent as; None is as they are.
 
     Attributes:
         rows: how many rows are this rank's own.
@@ -50,6 +52,8 @@ class Rank(Shard):
         is_local: bool = False,
         synced: bool = True,
         unsynced: dict[int, Tensor] | None = None,
+        until_step: bool = False,
+        reduce_dtype: torch.dtype | None = None,
     ) -> None:
         self.channel = channel
         self.name = name
@@ -57,6 +61,8 @@ class Rank(Shard):
         self.is_local = is_local
         self.synced = synced
         self.unsynced = {} if unsynced is None else unsynced
+        self.until_step = until_step
+        self.reduce_dtype = reduce_dtype
         self.counts = list(counts)
         self.rows = self.counts[channel.rank]
         self.size = max(1, self.rows)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
+from .at_step import AtStep, ReduceAt
 from .batch import Nest, shared, split
 from .border import Move
 from .call import Call
@@ -42,12 +43,25 @@ class RankRunner:
         module: the module.
         sync_batchnorm: whether its batch norms use the statistics of the whole batch.
         channel: the way to the other processes.
+        reduce_dtype: what gradients are sent as; None is as they are.
+        reduce_at: when they are brought together.
     """
 
-    def __init__(self, module: nn.Module, sync_batchnorm: bool, channel: Channel) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        sync_batchnorm: bool,
+        channel: Channel,
+        reduce_dtype: torch.dtype | None,
+        reduce_at: ReduceAt,
+    ) -> None:
         self.module = module
         self.channel = channel
         self._name = type(module).__name__
+        self._reduce_dtype = reduce_dtype
+        none = [0] * channel.world_size
+        whole = Rank(channel, none, self._name, reduce_dtype=reduce_dtype)
+        self._at_step = AtStep(whole) if reduce_at == "step" else None
         self._probe = Probe(module) if sync_batchnorm else None
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
@@ -156,7 +170,15 @@ class RankRunner:
         self, parameters: list[Tensor], _: torch.device | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """What the replica has for `parameters`, and tokens."""
-        rank = Rank(self.channel, [0] * self.channel.world_size, self._name)
+        rank = Rank(
+            self.channel,
+            [0] * self.channel.world_size,
+            self._name,
+            synced=self._at_step is None,
+            unsynced=self._at_step and self._at_step.left,
+            until_step=self._at_step is not None,
+            reduce_dtype=self._reduce_dtype,
+        )
         return parameters_in(rank, parameters)
 
     def _description(self, call: Call, ran: Ran, tensors: list[Tensor]) -> str:

@@ -27,8 +27,9 @@ from torch.autograd import Function
 
 from wraploop.processes.channel import fingerprint
 
+from .at_step import sum_left, taken_grad
 from .border import BATCHED, Move, adjoints
-from .internals import is_batched, is_wanted
+from .internals import is_accumulated, is_batched, is_wanted
 from .rank import Rank
 from .reducer import Reducer
 
@@ -66,12 +67,14 @@ class _GoIn(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        rank = ctx.rank
-        if ctx.reducer and rank.synced and not rank.unsynced and not torch.is_grad_enabled():
+        rank, is_plain = ctx.rank, not torch.is_grad_enabled()
+        if ctx.reducer and rank.synced and not rank.unsynced and is_plain:
             return None, None, None, None, *ctx.reducer.sum(grads[1:], rank.loss_weight)
         parts = weigh(grads[1:], rank.loss_weight)
-        if rank.synced:
-            parts = _with_unsynced(ctx, parts)
+        nodes = [node for node, _ in ctx.next_functions if node is not None]
+        is_awaited = rank.until_step and not (is_plain and all(map(is_accumulated, nodes)))
+        if rank.synced or is_awaited:
+            parts = parts if is_awaited else _with_unsynced(ctx, parts)
             # Where no part depends on anything, as with no rows, the wholes must all the same.
             token = ctx.token()
             depends = any(part is not None and part.requires_grad for part in parts)
@@ -79,17 +82,13 @@ class _GoIn(Function):
             wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, tokens)
         else:
             wholes = weigh(parts, rank.channel.world_size)
-            leaves = (getattr(node, "variable", None) for node, _ in ctx.next_functions)
+            leaves = (getattr(node, "variable", None) for node in nodes)
             rank.unsynced.update({id(leaf): leaf for leaf in leaves if leaf is not None})
         return None, None, None, None, *wholes
 
 
 def _with_unsynced(ctx: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
-    """`parts`, and with them what backwards without sum over the ranks have left in `.grad`.
-
-    These have left a rank's own part times the number of ranks. So what is the same on all ranks is
-    what it was when it has been divided by their number and summed.
-    """
+    """`parts`, and with them what backwards without sum over the ranks have left in `.grad`."""
     rank = ctx.rank
     if not rank.unsynced or torch.is_grad_enabled():
         return parts
@@ -97,26 +96,14 @@ def _with_unsynced(ctx: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
     for part, (node, _) in zip(parts, ctx.next_functions, strict=True):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in rank.unsynced and is_wanted(node):
-            left = _taken_grad(rank, rank.unsynced.pop(id(leaf)))
+            left = taken_grad(rank, rank.unsynced.pop(id(leaf)))
             part = left if part is None else part if left is None else part + left
         found.append(part)
     others = list(rank.unsynced.values())  # which take no part in this backward: frozen since
     if others:
         rank.unsynced.clear()
-        left = [_taken_grad(rank, leaf) for leaf in others]
-        moves: list[Move] = ["sum"] * len(others)
-        like = [leaf.detach() for leaf in others]
-        wholes, _ = rank.put_together("what no_sync has left", left, moves, like)
-        for leaf, whole in zip(others, wholes, strict=True):
-            leaf.grad = whole
+        sum_left(rank, others)
     return found
-
-
-def _taken_grad(rank: Rank, leaf: Tensor) -> Tensor | None:
-    if leaf.grad is None:
-        return None
-    left, leaf.grad = leaf.grad / rank.channel.world_size, None
-    return left
 
 
 class _Weigh(Function):

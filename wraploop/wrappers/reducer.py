@@ -112,7 +112,7 @@ class Reducer:
         self._rank = rank
         self._doing = doing
         self._like = like
-        self._is_small = is_small(like, rank.channel.world_size)
+        self._is_small = not rank.reduce_dtype and is_small(like, rank.channel.world_size)
         self._bucketed: list[int] = []
         self._buckets: list[Bucket] = []
 
@@ -158,10 +158,17 @@ class Reducer:
         dense = [i for i in range(len(parts)) if used[i] and not sparse[i]]
         for bucket in self._buckets_of(dense):
             flat, places = bucket.filled(parts, weight)
-            self._rank.channel.sum(flat)
+            self._sum(flat)
             for i, whole in zip(bucket.indices, places, strict=True):
                 wholes[i] = whole
         return self._with_sparse(wholes, parts, weight, sparse)
+
+    def _sum(self, flat: Tensor) -> None:
+        dtype = self._rank.reduce_dtype
+        if dtype is None or not flat.is_floating_point():
+            self._rank.channel.sum(flat)
+        else:
+            flat.copy_(self._rank.channel.sum(flat.to(dtype)))
 
     def _exchange(self, *payload: Tensor | bytes) -> list[Tensor]:
         return self._rank.channel.exchange(f"{self._doing} of {self._rank.name}", *payload)

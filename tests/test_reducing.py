@@ -1,0 +1,62 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from wraploop import DistributedModel
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def got(tmp_path_factory):
+    """By step and option: how far off, how often gradients were sent, how often by default."""
+    folder = tmp_path_factory.mktemp("reducing")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests" / "reducing.py"), str(folder)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (folder / "0").read_text() == (folder / "1").read_text()
+    lines = [line.split("|") for line in (folder / "0").read_text().splitlines()]
+    return {name: (float(off), int(n), int(m), alike) for name, off, n, m, alike in lines}
+
+
+def test_one_reduction_for_each_step_computes_the_same(got):
+    found = {name: each for name, each in got.items() if name.endswith("reduce_at")}
+    assert len(found) == 7
+    for name, (off, _, _, alike) in found.items():
+        assert off < 1e-10, name
+        assert alike == "True", name
+
+
+def test_one_reduction_for_each_step_is_what_is_sent(got):
+    for name, (_, often, by_default, _) in got.items():
+        if name.endswith("reduce_at") and name.startswith(("two_backwards", "gan")):
+            assert often < by_default, name
+
+
+def test_rounded_gradients_are_near_and_the_same_on_all_ranks(got):
+    found = {name: each for name, each in got.items() if name.endswith("reduce_dtype")}
+    assert len(found) == 7
+    for name, (off, _, _, alike) in found.items():
+        assert 1e-12 < off < 2e-2, name
+        assert alike == "True", name
+
+
+@pytest.mark.parametrize("dtype", ["int32", "bf17"])
+def test_what_is_no_floating_dtype_is_refused(dtype):
+    with pytest.raises(ValueError, match="reduce_dtype must be a floating dtype"):
+        DistributedModel(nn.Linear(1, 1), reduce_dtype=dtype)
+
+
+def test_when_to_reduce_is_one_of_two():
+    with pytest.raises(ValueError, match="reduce_at must be one of 'backward', 'step'"):
+        DistributedModel(nn.Linear(1, 1), reduce_at="never")  # pyright: ignore

@@ -1,0 +1,69 @@
+"""Bringing gradients together once for each optimizer step, and not in every backward.
+
+Each backward leaves a rank's own part in `.grad`, times the number of ranks. Before an optimizer
+steps, what is there is divided by that number and summed: so what was the same on all ranks, and
+not brought together, stays what it was.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from .rank import Rank
+from .reducer import Reducer
+
+ReduceAt = Literal["backward", "step"]
+
+
+class AtStep:
+    """Brings together what backwards have left, when an optimizer steps.
+
+    Args:
+        rank: a shard of this rank's, of no batch.
+
+    Attributes:
+        left: by id, the leaves whose `.grad` is to be brought together.
+    """
+
+    def __init__(self, rank: Rank) -> None:
+        self.left: dict[int, Tensor] = {}
+        self._rank = rank
+        ref = weakref.ref(self)  # the hook stays for as long as this does
+
+        def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            found = ref()
+            if found is not None:
+                found.bring_together(optimizer)
+
+        handle = register_optimizer_step_pre_hook(before_step)
+        weakref.finalize(self, handle.remove)
+
+    def bring_together(self, optimizer: torch.optim.Optimizer) -> None:
+        """Sums the gradients of those of its parameters that backwards have left apart."""
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        leaves = [leaf for i, leaf in self.left.items() if i in stepped]
+        for leaf in leaves:
+            del self.left[id(leaf)]
+        if leaves:
+            sum_left(self._rank, leaves)
+
+
+def sum_left(rank: Rank, leaves: list[Tensor]) -> None:
+    """Brings together what backwards have left in the leaves' `.grad`."""
+    reducer = Reducer(rank, "what backwards have left", [leaf.detach() for leaf in leaves])
+    wholes = reducer.sum([taken_grad(rank, leaf) for leaf in leaves], 1.0)
+    for leaf, whole in zip(leaves, wholes, strict=True):
+        leaf.grad = whole
+
+
+def taken_grad(rank: Rank, leaf: Tensor) -> Tensor | None:
+    """The part of what a backward has left in the leaf's `.grad`, which is None then."""
+    if leaf.grad is None:
+        return None
+    left, leaf.grad = leaf.grad / rank.channel.world_size, None
+    return left
