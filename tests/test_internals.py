@@ -88,3 +88,38 @@ def test_torch_compile_leaves_alone_what_is_not_compiled_and_what_it_calls():
 
     assert torch.compile(lambda x: alone(x * 2), backend="eager")(torch.ones(1)).item() == 3
     assert seen == [False]
+
+
+def test_a_backward_says_what_goes_to_grad():
+    def asked(run):
+        found = []
+
+        class Look(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx, *grads):
+                found.extend(internals.is_accumulated(node) for node, _ in ctx.next_functions)
+                return grads[0]
+
+        leaf = torch.ones(2, requires_grad=True)
+        run(Look.apply(leaf).sum(), leaf)
+        run(Look.apply(leaf * 1).sum(), leaf)
+        return found
+
+    assert asked(lambda out, leaf: out.backward()) == [True, False]
+    assert asked(lambda out, leaf: torch.autograd.grad(out, leaf)) == [False, False]
+
+
+def test_lists_are_copied_and_views_made_with_torchs_private_parts_and_without(monkeypatch):
+    like = [torch.empty(2, 3), torch.empty(()), torch.empty(4)]
+    values = [torch.randn(tensor.shape) for tensor in like]
+    for is_there in (True, False):
+        if not is_there:
+            monkeypatch.delattr(torch, "_foreach_copy_")
+            monkeypatch.delattr(torch._C._nn, "unflatten_dense_tensors")
+        flat = torch.zeros(11)
+        internals.foreach_copy(internals.unflatten(flat, like), values)
+        assert flat.equal(torch.cat([value.reshape(-1) for value in values]))

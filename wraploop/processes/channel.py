@@ -100,7 +100,7 @@ class Channel:
         if self._watch:
             self._watch.doing = text
         own = Frame(text, [fact for _, fact in facts]).packed()
-        parts = [own, *(p if isinstance(p, bytes) else memoryview(p.numpy()) for p in payload)]
+        parts = [own, *(p if isinstance(p, bytes) else p.numpy().data for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
         if any(message[: len(own)] != own for message in everyone):
             self._check([Frame.unpacked(message) for message in everyone], whats)

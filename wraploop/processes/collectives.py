@@ -37,7 +37,7 @@ class Collectives:
         padded[: len(own)] = own
         messages = self._gather(padded, timeout_s)
         return [
-            memoryview(message[: int(length)].numpy())
+            message[: int(length)].numpy().data
             for message, length in zip(messages, lengths, strict=True)
         ]
 

@@ -353,7 +353,7 @@ def _cut(received: Bytes, count: int) -> list[Bytes]:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return tensor.view(torch.uint8).numpy().data
 
 
 _open: weakref.WeakSet[Wire] = weakref.WeakSet()

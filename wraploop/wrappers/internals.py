@@ -180,12 +180,21 @@ def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
 
 def foreach_copy(into: list[Tensor], values: list[Tensor]) -> None:
     """Copies each of `values` into that of `into`, in few calls of the operator."""
-    torch._foreach_copy_(into, values)  # pyright: ignore[reportPrivateImportUsage]
+    copy = getattr(torch, "_foreach_copy_", None)
+    if copy is not None:
+        copy(into, values)
+        return
+    for tensor, value in zip(into, values, strict=True):
+        tensor.copy_(value)
 
 
 def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Views of `flat`, one after the other, of the shapes of `like`, in few calls."""
-    return list(torch._utils._unflatten_dense_tensors(flat, like))
+    views = getattr(_C._nn, "unflatten_dense_tensors", None)
+    if views is not None:
+        return list(views(flat, like))
+    pieces = flat.split([tensor.numel() for tensor in like])
+    return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
 
 
 def depends_on(outs: Iterable[Tensor], leaf: Tensor) -> bool:

@@ -159,7 +159,7 @@ class LocalRunner:
         accumulating = "" if self._synced else ", no_sync"
         doing = f"run {name} ({mode}{accumulating})"
         said = self.channel.exchange(doing, _TOLD.pack(*own, drew))
-        told = [_TOLD.unpack(packed.numpy()) for packed in said]
+        told = [_TOLD.unpack(packed.numpy().data) for packed in said]
         counts, batches, randoms, drawn = zip(*told, strict=True)
         full = [rank for rank, count in enumerate(counts) if count and rows]
         if len(full) > 1 and len({batches[rank] for rank in full}) == 1:

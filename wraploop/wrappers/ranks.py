@@ -231,8 +231,9 @@ def parameters_in(rank: Rank, parameters: list[Tensor]) -> tuple[list[Tensor], l
     doing = "the gradients of the parameters"
     tokens, leaves = go_in(rank, doing, parameters, moves, borrow=False)
     for token in tokens:
+        node: Any = token.grad_fn
         like = [parameter.detach() for parameter in parameters]
-        token.grad_fn.reducer = Reducer(rank, doing, like)  # pyright: ignore[reportOptionalMemberAccess]
+        node.reducer = Reducer(rank, doing, like)
     return leaves, tokens
 
 
