@@ -119,7 +119,7 @@ def test_lists_are_copied_and_views_made_with_torchs_private_parts_and_without(m
     for is_there in (True, False):
         if not is_there:
             monkeypatch.delattr(torch, "_foreach_copy_")
-            monkeypatch.delattr(torch._C._nn, "unflatten_dense_tensors")
+            monkeypatch.delattr("torch._C._nn.unflatten_dense_tensors")
         flat = torch.zeros(11)
         internals.foreach_copy(internals.unflatten(flat, like), values)
         assert flat.equal(torch.cat([value.reshape(-1) for value in values]))

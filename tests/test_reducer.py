@@ -29,8 +29,13 @@ def test_a_bucket_holds_every_gradient_times_the_weight_in_its_place():
     torch.manual_seed(0)
     shapes = [(3, 2), (), (700, 700), (0, 4), (5,), (300, 300), (1,)]
     like = [torch.empty(shape, dtype=torch.float64) for shape in shapes]
-    matrices = [torch.randn(shape[::-1]).double().T if len(shape) == 2 else None for shape in shapes]
-    parts = [torch.randn(()).double() if shape == () else m for m, shape in zip(matrices, shapes, strict=True)]
+    matrices = [
+        torch.randn(shape[::-1]).double().T if len(shape) == 2 else None for shape in shapes
+    ]
+    parts = [
+        torch.randn(()).double() if shape == () else m
+        for m, shape in zip(matrices, shapes, strict=True)
+    ]
     for weight in (1.0, 0.25):
         flat, places = Bucket(range(len(like)), like).filled(parts, weight)
         for part, model, place in zip(parts, like, places, strict=True):

@@ -28,10 +28,10 @@ from wraploop.processes.wire import _PIECE, Wire
 
 SIZES = (2, 3, 4)
 LONG_S = 12.0  # as good as for ever
-LATE_S = 0.15
+LATE_S = 0.1
 QUICK_S = 5.0  # what is much less than LONG_S on a busy machine
 HANG_S = 30
-LARGE = 24 << 20  # bytes: more than the system takes from a sender that nobody reads
+LARGE = 12 << 20  # bytes: more than the system takes from a sender that nobody reads
 
 DTYPES = [
     *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64),
@@ -181,7 +181,9 @@ def who_waits_hears_at_once_why_another_gives_up(wire):
     if wire.rank == 0:
         with refused(TimeoutError):
             wire.sum(torch.ones(10), 0.0)
+        dist.barrier()
     else:
+        dist.barrier()
         with refused(ConnectionError, match="has given this up"):
             wire.sum(torch.ones(10), LONG_S)
     assert_goes_on(wire)
@@ -319,7 +321,7 @@ def processes_that_cannot_reach_each_other_use_torchs_collectives(wire):
             assert [bytes(s.numpy()) for s in said] == expected
             flat = Channel(group).sum(numbers(wire.rank, length))
             assert torch.equal(flat, sum(numbers(r, length) for r in range(wire.world_size)))  # type: ignore[arg-type]
-        assert isinstance(channel._wires[group], Collectives)
+        assert channel._wires[group] is None
     finally:
         connecting._addresses, connecting._CALL_WITHIN_S = addresses, within_s
 
@@ -456,7 +458,7 @@ def _become(rank, world_size, claims):
             try:
                 claim(wire)
                 wrong = ""
-            except Exception:
+            except BaseException:
                 wrong = traceback.format_exc()
             said.write(f"{claim.__name__}|{time.monotonic() - begun_s:.1f}|{wrong!r}\n")
             said.flush()

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .collectives import Collectives
 from .connecting import connect
+from .packing import view_of
 from .watch import watch
 from .wire import GivenUpError, Wire
 
@@ -33,7 +34,7 @@ _TIMEOUT_S = 1800.0  # torch's own, for gloo
 
 T = TypeVar("T")
 
-_wires: weakref.WeakKeyDictionary[Any, Wire | Collectives] = weakref.WeakKeyDictionary()
+_wires: weakref.WeakKeyDictionary[Any, Wire | None] = weakref.WeakKeyDictionary()
 
 
 class PeerError(RuntimeError):
@@ -100,7 +101,7 @@ class Channel:
         if self._watch:
             self._watch.doing = text
         own = Frame(text, [fact for _, fact in facts]).packed()
-        parts = [own, *(p if isinstance(p, bytes) else p.numpy().data for p in payload)]
+        parts = [own, *(p if isinstance(p, bytes) else view_of(p) for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
         if any(message[: len(own)] != own for message in everyone):
             self._check([Frame.unpacked(message) for message in everyone], whats)
@@ -135,9 +136,8 @@ class Channel:
     def _wire(self) -> Wire | Collectives:
         """What this group's processes speak by."""
         if self._of not in _wires:
-            wire = connect(self._collectives, self._timeout_s)
-            _wires[self._of] = wire or self._collectives
-        return _wires[self._of]
+            _wires[self._of] = connect(self._collectives, self._timeout_s)
+        return _wires[self._of] or self._collectives
 
     def _check(self, frames: list[Frame], whats: list[str]) -> None:
         for rank, frame in enumerate(frames):

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .packing import view_of
+
 _unfinished: list[Any] = []  # what was no longer waited for
 
 
@@ -37,7 +39,7 @@ class Collectives:
         padded[: len(own)] = own
         messages = self._gather(padded, timeout_s)
         return [
-            message[: int(length)].numpy().data
+            view_of(message[: int(length)])
             for message, length in zip(messages, lengths, strict=True)
         ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ def unpack_sparse(packed: Tensor, like: Tensor) -> Tensor:
     values = unpack(packed[end:], [count, *row], like)
     where = indices.to(like.device)
     return torch.sparse_coo_tensor(where, values, like.shape, check_invariants=False)
+
+
+def view_of(packed: Tensor) -> memoryview:
+    """The bytes of a packed tensor, where they are."""
+    array: Any = packed.numpy()
+    return memoryview(array)
 
 
 def size_of(shape: Sequence[int], like: Tensor) -> int:

@@ -33,6 +33,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from .packing import view_of
+
 _HEAD = struct.Struct("<BQQ")  # the kind and the number of the collective, the message's length
 _GATHER, _SUM, _GIVEN_UP = range(3)
 _LENGTH = struct.Struct("<Q")
@@ -161,7 +163,8 @@ class Incoming:
     ) -> Bytes:
         """A message for the awaited collective, in `target` if there is one."""
         if came == _GIVEN_UP:
-            raise GivenUpError(f"rank {self.rank} has given this up: {(message or b'').decode()}")
+            why = (message or b"").decode(errors="replace")
+            raise GivenUpError(f"rank {self.rank} has given this up: {why}")
         if came != kind:
             raise ConnectionError(f"rank {self.rank} does something else")
         if message is None or target is None:
@@ -269,8 +272,9 @@ class Wire:
             self._ring(runs[(r + step) % n], runs[(r + 1 + step) % n], until_s)
 
     def _ring(self, own: Tensor, into: Tensor, until_s: float) -> None:
-        self._outgoing[0].put(_SUM, self._number, [_bytes_of(own)])
-        self._pass(self._outgoing[0], self._incoming[0], _SUM, _bytes_of(into), until_s)
+        target = view_of(into.view(torch.uint8))
+        self._outgoing[0].put(_SUM, self._number, [view_of(own.view(torch.uint8))])
+        self._pass(self._outgoing[0], self._incoming[0], _SUM, target, until_s)
 
     def _pass(
         self,
@@ -350,10 +354,6 @@ def _cut(received: Bytes, count: int) -> list[Bytes]:
         found.append(view[at : at + length])
         at += length
     return found
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return tensor.view(torch.uint8).numpy().data
 
 
 _open: weakref.WeakSet[Wire] = weakref.WeakSet()
