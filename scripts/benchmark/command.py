@@ -1,11 +1,11 @@
 """Seconds, memory and bytes of a training step under every way to run it, side by side.
 
 Every model of the zoo (--list) is trained in every way that makes sense for it: plain torch, in
-threads, under torch's DistributedDataParallel (DDP) and under DistributedModel with 2 processes,
-that send over the loopback interface by gloo. All get the same whole batch; 2 processes have a half
-each, and use half the cores each. A ratio is how many times as fast a way is as the reference, the
-median over rounds of the ratio within a round; "best ddp" is the faster of DDP's two bucket modes.
-DDP does not bring batch norm's statistics together, which "local" does and "local-own-bn" does not.
+threads, under torch's DistributedDataParallel (DDP, by gloo) and under DistributedModel with 2
+processes on the loopback interface. All get the same whole batch; 2 processes have a half each, and
+use half the cores each. A ratio is how many times as fast a way is as the reference, the median
+over rounds of the ratio within a round; "best ddp" is the faster of DDP's two bucket modes. DDP does
+not bring batch norm's statistics together, which "local" does and "local-own-bn" does not.
 
 Peak MiB is what rank 0 takes over what it had before, in a process of its own. Sent is what all
 processes of the machine send over the loopback interface, headers of TCP included: let nothing
@@ -23,7 +23,7 @@ from . import chart, growth, loop, machine, table
 from .measured import Measured, Results
 from .targets import Target, targets
 from .trial import measure
-from .ways import WAYS, ways_of
+from .ways import USUAL, WAYS, ways_of
 from .zoo import ZOO
 
 LOOP, GROWTH = "loop", "growth"
@@ -53,7 +53,7 @@ def parsed() -> argparse.Namespace:
     )
     rows = [*ZOO, LOOP, GROWTH]
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)}")
-    parser.add_argument("--ways", metavar="WAY,...", type=known_ways, default=list(WAYS))
+    parser.add_argument("--ways", metavar="WAY,...", type=known_ways, default=USUAL)
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS} ({GROWTH}: {GROWTH_ROUNDS})")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="a folder: ./bench")

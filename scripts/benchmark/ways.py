@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -71,6 +71,14 @@ def distributed(
     return Way(name, about, wrap, processes, rows, norms=not sync_batchnorm, threads=threads)
 
 
+def reduced(name: str, **options: Any) -> Way:
+    """`DistributedModel` with rows of its own, and gradients brought together otherwise."""
+    way = distributed(name, 2, "local")
+    said = ", ".join(f"{key}={value!r}" for key, value in options.items())
+    about = f"DistributedModel(model, batch='local', {said})"
+    return replace(way, about=about, wrap=partial(way.wrap, **options))
+
+
 def by_phase(way: Way) -> Way:
     """The same under a learner that runs `GANTraining`, rather than the tutorial's step."""
     about = f"Learner with GANTraining: {way.about}"
@@ -91,7 +99,12 @@ _WAYS = (
     distributed("global", 2, "global"),
 )
 _GAN_WAYS = tuple(by_phase(way) for way in _WAYS if not way.name.startswith(("ddp", "threads=2")))
-WAYS: dict[str, Way] = {way.name: way for way in (*_WAYS, *_GAN_WAYS)}
+_IF_ASKED = (
+    reduced("local-bf16", reduce_dtype="bfloat16"),
+    reduced("local-at-step", reduce_at="step"),
+)
+WAYS: dict[str, Way] = {way.name: way for way in (*_WAYS, *_GAN_WAYS, *_IF_ASKED)}
+USUAL = [way.name for way in (*_WAYS, *_GAN_WAYS)]
 
 
 def ways_of(is_gan: bool, norms: bool, names: list[str]) -> list[Way]:
