@@ -4,8 +4,8 @@ Every model of the zoo (--list) is trained in every way that makes sense for it:
 threads, under torch's DistributedDataParallel (DDP, by gloo) and under DistributedModel with 2
 processes on the loopback interface. All get the same whole batch; 2 processes have a half each, and
 use half the cores each. A ratio is how many times as fast a way is as the reference, the median
-over rounds of the ratio within a round; "best ddp" is the faster of DDP's two bucket modes. DDP does
-not bring batch norm's statistics together, which "local" does and "local-own-bn" does not.
+over rounds of the ratio within a round; "best ddp" is the faster of DDP's two bucket modes. DDP
+does not bring batch norm's statistics together, which "local" does and "local-own-bn" does not.
 
 Peak MiB is what rank 0 takes over what it had before, in a process of its own. Sent is what all
 processes of the machine send over the loopback interface, headers of TCP included: let nothing
