@@ -20,7 +20,7 @@ _WIDTH = 0.8  # of the bars of a model together
 
 
 def draw(results: Results, title: str, path: Path) -> None:
-    """Bars of speed relative to the references, with quartiles, one panel for each reference."""
+    """Bars of speed over the references, with quartiles, from 1; a panel for each reference."""
     panels = {reference: _measured(results, reference) for reference in PANELS}
     panels = {reference: ways for reference, ways in panels.items() if ways}
     if not panels:
@@ -47,12 +47,16 @@ def _panel(ax: Axes, results: Results, reference: str, ways: list[str]) -> None:
         ratios = [(at, ratio) for at, ratio in enumerate(found) if ratio]
         at = [x + (i - (len(ways) - 1) / 2) * width for x, _ in ratios]
         middles = [ratio.middle for _, ratio in ratios]
+        heights = [middle - 1 for middle in middles]
         below = [ratio.middle - ratio.low for _, ratio in ratios]
         above = [ratio.high - ratio.middle for _, ratio in ratios]
         style = {"linewidth": 0.8, "ecolor": "0.3"}
         look = {"label": way, "color": _COLORS[way], "error_kw": style}
-        bars = ax.bar(at, middles, width, yerr=(below, above), **look)
-        ax.bar_label(bars, fmt="%.2f", fontsize=6, padding=1, rotation=90)
+        bars = ax.bar(at, heights, width, bottom=1.0, yerr=(below, above), **look)
+        labels = [f"{middle:.2f}" for middle in middles]
+        ax.bar_label(bars, labels, fontsize=6, padding=1, rotation=90)
+    ax.set_yscale("log", base=2)  # twice as fast is as far from 1 as half as fast
+    ax.yaxis.set_major_formatter("{x:g}")
     ax.axhline(1.0, color="black", linewidth=0.8)
     ax.set_xticks(range(len(results.cases)), [case.name for case in results.cases])
     ax.set_ylabel(f"times as fast as\n{reference}")
