@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from wraploop import DistributedModel
 from wraploop.processes import Channel
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))
 STEPS = 4
 Nets = dict[str, nn.Module]
 Optimizers = dict[str, torch.optim.Optimizer]
