@@ -123,3 +123,16 @@ def test_lists_are_copied_and_views_made_with_torchs_private_parts_and_without(m
         flat = torch.zeros(11)
         internals.foreach_copy(internals.unflatten(flat, like), values)
         assert flat.equal(torch.cat([value.reshape(-1) for value in values]))
+
+
+def test_sums_of_a_batch_norm_are_those_of_the_formula(monkeypatch):
+    x, grad = torch.randn(4, 3, 5).double() + 10, torch.randn(4, 3, 5).double()
+    variance, mean = torch.var_mean(x, [0, 2], correction=0)
+    n = (x - mean.view(1, 3, 1)) / (variance + 0.1).sqrt().view(1, 3, 1)
+    for is_there in (True, False):
+        if not is_there:
+            monkeypatch.delattr("torch.ops.aten.native_batch_norm_backward")
+            monkeypatch.setattr(type(torch.ops.aten), "__getattr__", lambda *_: None)
+        with_n, alone = internals.batch_norm_sums(grad, x, mean, variance, 0.1)
+        torch.testing.assert_close(with_n, (grad * n).sum([0, 2]))
+        torch.testing.assert_close(alone, grad.sum([0, 2]))

@@ -178,6 +178,20 @@ def foreach_add(a: list[Tensor], b: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_add(a, b))  # pyright: ignore[reportPrivateImportUsage]
 
 
+def batch_norm_sums(
+    grad: Tensor, x: Tensor, mean: Tensor, variance: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """For each channel the sum of `grad` times the normalised `x`, and of `grad`, in one pass."""
+    sums = getattr(torch.ops.aten, "native_batch_norm_backward", None)
+    if sums is not None:
+        wanted = [False, True, True]
+        _, with_n, alone = sums(grad, x, None, mean, variance, None, None, False, eps, wanted)
+        return with_n, alone
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    n = torch.nn.functional.batch_norm(x, mean, variance, None, None, False, 0.0, eps)
+    return (grad * n).sum(axes), grad.sum(axes)
+
+
 def foreach_copy(into: list[Tensor], values: list[Tensor]) -> None:
     """Copies each of `values` into that of `into`, in few calls of the operator."""
     copy = getattr(torch, "_foreach_copy_", None)

@@ -150,7 +150,7 @@ class LaneGroup:
 
     def _run_lane(self, work: Callable[[int], T], lane: Lane) -> T:
         try:
-            with shards.running(lane):
+            with shards.running(lane if len(self._lanes) > 1 else self._parent):
                 return work(lane.index)
         except Exception as error:
             size, lanes = self.sizes[lane.index], len(self.sizes)

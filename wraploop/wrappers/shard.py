@@ -89,12 +89,16 @@ class _SumOverShards(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        shard, (grad,) = ctx.shard, grads
-        if shard.loss_weight == 1:
-            return None, sum_over_shards(shard, grad)
-        weight = shard.loss_weight
-        own = weight * (grad if weight else grad.nan_to_num())  # a mean of no rows is NaN
-        return None, sum_over_shards(shard, own) / (weight or 1.0)
+        return None, sum_of_derivatives(ctx.shard, *grads)
+
+
+def sum_of_derivatives(shard: Shard, grad: Tensor) -> Tensor:
+    """The sum of all shards' derivatives, each of its own loss, as one of this shard's own loss."""
+    weight = shard.loss_weight
+    if weight == 1:
+        return sum_over_shards(shard, grad)
+    own = weight * (grad if weight else grad.nan_to_num())  # a mean of no rows is NaN
+    return sum_over_shards(shard, own) / (weight or 1.0)
 
 
 def sum_over_shards(shard: Shard, tensor: Tensor) -> Tensor:
