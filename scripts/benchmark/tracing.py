@@ -7,9 +7,10 @@ traced as if there were as many.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,11 +29,26 @@ from .zoo import Case
 _BYTES = {"float": 4, "double": 8, "long int": 8, "int": 4, "unsigned char": 1, "bool": 1}
 _PREFIX = "gloo:"
 
+Trace = Callable[[int], list[Collective]]
+
 
 def traced(case: Case, way: Way, ranks: Sequence[int]) -> dict[int, list[Collective]]:
     """The collectives of one step in a way's processes, as if they were so many ranks."""
     with Crew(way.processes) as crew:
-        return {n: crew.ask(way.processes, trace, case, way, n)[0] for n in ranks}
+
+        @functools.cache
+        def at(count: int) -> list[Collective]:
+            return crew.ask(way.processes, trace, case, way, count)[0]
+
+        return _between(ranks, at)
+
+
+def _between(ranks: Sequence[int], at: Trace) -> dict[int, list[Collective]]:
+    """What `at` finds, asked only until both ends are alike: what has grown large stays so."""
+    if at(ranks[0]) == at(ranks[-1]):
+        return dict.fromkeys(ranks, at(ranks[0]))
+    middle = len(ranks) // 2
+    return {**_between(ranks[:middle], at), **_between(ranks[middle:], at)}
 
 
 # In the processes
