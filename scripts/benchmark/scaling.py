@@ -6,10 +6,10 @@
     a core as there is here. Efficiency is compute / step.
 2.  Compute is a + b x rows: forward, backward and optimizer of plain torch with 1 thread, measured
     while as many processes do it as there are cores, sharing caches and memory, sending nothing.
-3.  What a step sends is noted in 2 processes: for DistributedModel the calls of its Wire, once for
-    each number of ranks, as small gradients go to everyone at once among few and are summed among
-    many; for DDP the collectives of gloo that torch's profiler sees. Messages are as long on any
-    number of ranks. All other costs of a wrapper are left out, adding up what a gather brought
+3.  What a step sends is noted in 2 processes: for DistributedModel the calls of its Wire, as for
+    each number of ranks, since small gradients go to everyone at once among few, and are summed
+    among many; for DDP the collectives of gloo that torch's profiler sees. Messages are as long on
+    any number of ranks. All other costs of a wrapper are left out, adding up what a gather brought
     among them; the check shows what they come to.
 4.  Over p ranks, one message after the other: a Wire's gather of n bytes each is log2 p messages,
     rounded up, in which (p - 1) n bytes come in; a Wire's sum of n bytes is a ring, 2 (p - 1)
