@@ -22,6 +22,8 @@ prediction         the command, its tables and files
 prediction_chart   the same as a picture
 scaling            the model of a step, and what it assumes
 calibration        what it takes, measured here, and how far off it is here
-collectives        what processes say to each other in a step, and how long that takes
+tracing            what processes say to each other in a step
+collectives        how many messages and bytes that is, and how long they take
+speeds             how fast each kind of collective is here
 links              what connects ranks
 """

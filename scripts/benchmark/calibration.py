@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from .collectives import Collective, Speed, line, traced
+from .collectives import Collective, Speed
 from .crew import Crew, Member
 from .links import LOOPBACK
 from .measured import Measured
-from .scaling import Compute, Scaling
+from .scaling import RANKS, Compute, Scaling
+from .speeds import line
+from .tracing import traced
 from .trial import Say, take_rounds
 from .ways import CORES, Way, ddp, distributed, plain
 from .zoo import CLASSES, Case
@@ -72,12 +74,12 @@ def _check(model: Scaling, measured: Measured) -> Check:
     return Check(ranks, name, measured.step_s, predicted_s)
 
 
-def _sent(case: Case, say: Say) -> dict[str, list[Collective]]:
-    """What each way sends in a step, in `TRACED` processes."""
-    sent = {}
+def _sent(case: Case, say: Say) -> dict[str, dict[int, list[Collective]]]:
+    """What each way sends in a step, by ranks; traced in `TRACED` processes."""
+    sent: dict[str, dict[int, list[Collective]]] = {}
     for way in predicted_ways(TRACED):
         say(f"{case.name}: what {way.name} sends")
-        sent[way.name] = traced(case, way)
+        sent[way.name] = {1: [], **traced(case, way, RANKS[1:])}
     return sent
 
 

@@ -3,7 +3,7 @@
     workers      1, 2, 4 processes or threads, the same batch in all; more than there are cores
                  is overhead
     batch        1 to 64 times the rows, in 2 processes, or threads
-    parameters   10^3 to 10^8 of them, in 2 processes
+    parameters   10^3 to 10^8 of them, in 2 processes, or threads
 
 Each point is measured beside plain torch on all cores, in the same rounds.
 """

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from . import machine, prediction_chart, scaling, table
 from .calibration import TRACED, Check, calibrated
-from .collectives import Speed, measured_speeds, sent_bytes
+from .collectives import Collective, Speed, sent_bytes
 from .links import LINKS, Link
 from .scaling import RANKS, Scaling
+from .speeds import measured_speeds
 from .zoo import ZOO, Case
 
 MODELS = ("lstm", "large-mlp")
@@ -71,7 +72,7 @@ def told(case: Case, model: Scaling, checks: Sequence[Check]) -> str:
     parts = [
         f"{case.name}: {case.about}; compute {fixed_ms:.2f} ms + {row_ms:.3f} ms x rows, "
         f"loss {1e6 * model.loss_row_s:.2f} us x rows",
-        f"In {TRACED} processes a step sends:",
+        "Each rank brings in a step:",
         "\n".join(_sent(model)),
         f"Checked with {case.rows} rows in all:",
         table.aligned(
@@ -84,14 +85,20 @@ def told(case: Case, model: Scaling, checks: Sequence[Check]) -> str:
 
 
 def _sent(model: Scaling) -> Iterator[str]:
-    for way, collectives in model.sent.items():
-        kinds = dict.fromkeys(each.kind for each in collectives)
-        said = [
-            f"{sum(each.kind == kind for each in collectives)} x {kind}, "
-            f"{sum(each.payload_bytes for each in collectives if each.kind == kind)} bytes"
-            for kind in kinds
-        ]
-        yield f"{way:<12}{'; '.join(said)}"
+    """A line for each way, and for each number of ranks from which it sends something else."""
+    for way, by_ranks in model.sent.items():
+        before: list[Collective] = []
+        for ranks in RANKS[1:]:
+            if by_ranks[ranks] != before:
+                before = by_ranks[ranks]
+                yield f"{way:<12}from {ranks:>4} ranks: {_listed(before)}"
+
+
+def _listed(collectives: Sequence[Collective]) -> str:
+    sizes: dict[str, list[int]] = {}
+    for each in collectives:
+        sizes.setdefault(each.kind, []).append(each.payload_bytes)
+    return "; ".join(f"{len(of)} x {kind}, {sum(of)} bytes" for kind, of in sizes.items())
 
 
 def _line(check: Check) -> tuple[str, ...]:
@@ -131,7 +138,7 @@ def _predictions(name: str, model: Scaling) -> Iterator[tuple[object, ...]]:
             for ranks in RANKS:
                 step_ms = 1e3 * model.step_s(way, ranks, rows, link)
                 efficiency = model.efficiency(way, ranks, rows, link)
-                crossing = sum(sent_bytes(c, ranks) for c in model.collectives(way, rows))
+                crossing = sum(sent_bytes(c, ranks) for c in model.collectives(way, ranks, rows))
                 row = (name, link.name, way, ranks, rows, step_ms, efficiency)
                 yield (*row, model.messages(way, ranks), math.ceil(crossing))
 

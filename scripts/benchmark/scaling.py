@@ -6,22 +6,27 @@
     a core as there is here. Efficiency is compute / step.
 2.  Compute is a + b x rows: forward, backward and optimizer of plain torch with 1 thread, measured
     while as many processes do it as there are cores, sharing caches and memory, sending nothing.
-3.  What a step sends is what torch's profiler saw in 2 processes: kinds, numbers and sizes of the
-    collectives. All other costs of a wrapper are left out; the check shows what they come to.
-4.  Collectives are rings, as gloo's are: an all-reduce of n bytes over p ranks is 2 (p - 1)
-    messages of n / p bytes one after the other, an all-gather is p - 1 messages of n, a broadcast
-    is a tree of log2 p. Other algorithms (trees, several links for each rank, reduction in the
-    switch) are faster at many ranks.
+3.  What a step sends is noted in 2 processes: for DistributedModel the calls of its Wire, as for
+    each number of ranks, since small gradients go to everyone at once among few, and are summed
+    among many; for DDP the collectives of gloo that torch's profiler sees. Messages are as long on
+    any number of ranks. All other costs of a wrapper are left out, adding up what a gather brought
+    among them; the check shows what they come to.
+4.  Over p ranks, one message after the other: a Wire's gather of n bytes each is log2 p messages,
+    rounded up, in which (p - 1) n bytes come in; a Wire's sum of n bytes is a ring, 2 (p - 1)
+    messages of m / p bytes for each piece of m, 4 MiB at most. Gloo's all-reduce, taken as a ring,
+    is 2 (p - 1) messages of n / p, a broadcast a tree of log2 p messages of n. Other algorithms
+    (trees, several links for each rank, reduction in the switch) are faster at many ranks.
 5.  Latency of a message and bandwidth are fitted, for each kind, to times of 64 bytes to 16 MiB
-    between 2 processes over gloo on the loopback interface. A link takes the same latency: too
-    little for TCP between machines, too much for RDMA. TCP is as fast as its link or as the
-    processor copies, whichever is slower; RDMA as its link. Links are free of other traffic, and
-    their headers cost nothing.
+    between 2 processes on the loopback interface; a ring's include adding up. A link takes the same
+    latency: too little for TCP between machines, too much for RDMA. TCP is as fast as its link or
+    as the processor copies, whichever is slower. RDMA is as fast as its link, and supposes a
+    transport that uses it, which neither a Wire nor gloo over TCP is. Links are free of other
+    traffic, whichever ranks they connect, and their headers cost nothing.
 6.  Nothing overlaps. With cores to spare DDP hides messages behind backward, so that it does better
     than this, until messages take longer than backward.
 7.  "global": every rank has the whole batch and makes the loss on it, the time of which is measured
     and grows with the ranks. Loading the whole batch on every rank is not counted. "+ inputs"
-    gathers the inputs from where they were loaded, in one all-gather.
+    gathers the inputs from where they were loaded, in one gather.
 8.  No rank is slower than another: no stragglers, no failures.
 9.  For the check the whole batch is fixed, and processes in excess of cores make compute and
     messages longer in proportion.
@@ -58,14 +63,14 @@ class Scaling:
         compute: of one rank.
         loss_row_s: forward and backward of the loss alone, for each row.
         input_row_bytes: of the batch, for each row.
-        sent: what each way sends in a step.
+        sent: what each way sends in a step, by ranks.
         speeds: by kind of collective.
     """
 
     compute: Compute
     loss_row_s: float
     input_row_bytes: float
-    sent: dict[str, list[Collective]]
+    sent: dict[str, dict[int, list[Collective]]]
     speeds: dict[str, Speed]
 
     @property
@@ -73,17 +78,17 @@ class Scaling:
         """Those that it knows, and "global" with inputs gathered."""
         return [*self.sent, *([INPUTS] if "global" in self.sent else [])]
 
-    def collectives(self, way: str, rows: float) -> list[Collective]:
-        """What a way sends in a step, each rank having so many rows."""
+    def collectives(self, way: str, ranks: int, rows: float) -> list[Collective]:
+        """What a way sends in a step on so many ranks, each having so many rows."""
         if way != INPUTS:
-            return self.sent[way]
-        inputs = Collective("all_gather", round(self.input_row_bytes * rows))
-        return [*self.sent["global"], inputs]
+            return self.sent[way][ranks]
+        inputs = Collective("gather", round(self.input_row_bytes * rows))
+        return [*self.sent["global"][ranks], inputs]
 
     def step_s(self, way: str, ranks: int, rows: float, link: Link) -> float:
         """The seconds of a step on so many ranks, each with so many rows and a core."""
         others = rows * (ranks - 1) if way in ("global", INPUTS) else 0.0
-        collectives = self.collectives(way, rows)
+        collectives = self.collectives(way, ranks, rows)
         sending_s = sum(seconds(each, ranks, self.speeds, link) for each in collectives)
         return self.compute.step_s(rows) + self.loss_row_s * others + sending_s
 
@@ -93,4 +98,4 @@ class Scaling:
 
     def messages(self, way: str, ranks: int) -> int:
         """How many messages a rank sends in a step, one after the other."""
-        return sum(messages(each.kind, ranks) for each in self.collectives(way, 0))
+        return sum(messages(each, ranks) for each in self.collectives(way, ranks, 0))
