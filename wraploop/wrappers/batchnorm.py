@@ -185,8 +185,8 @@ def _at_once(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     all_with_n, all_alone = sum_of_derivatives(ctx.shard, torch.cat([with_n, alone])).chunk(2)
     scale = torch.rsqrt(variance + ctx.eps)
     scale = scale if weight is None else scale * weight
-    line = -scale * all_with_n / count, -scale * all_alone / count
-    found = batch_norm(x, mean, variance, *line, False, 0.0, ctx.eps)
+    slope, height = -scale * all_with_n / count, -scale * all_alone / count
+    found = batch_norm(x, mean, variance, slope, height, False, 0.0, ctx.eps)
     return found.addcmul_(grad, scale.view(_channels(x))), with_n, alone
 
 
