@@ -169,7 +169,8 @@ def _written_out(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """The derivatives, differentiable themselves."""
     given = ctx.saved_tensors
     asked = [i for i, needed in enumerate(ctx.needs_input_grad[:3]) if needed]
-    out = _normalised(*given, ctx.shard, ctx.eps)
+    x, weight, bias = given
+    out = _normalised(x, weight, bias, ctx.shard, ctx.eps)
     derivatives = torch.autograd.grad(out, [given[i] for i in asked], grad, create_graph=True)
     found: list[Tensor | None] = [None] * 3
     for i, derivative in zip(asked, derivatives, strict=True):
