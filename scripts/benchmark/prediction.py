@@ -17,7 +17,7 @@ from .scaling import RANKS, Scaling
 from .zoo import ZOO, Case
 
 MODELS = ("lstm", "large-mlp")
-ROUNDS = 6
+ROUNDS = 12
 
 
 def main() -> None:
