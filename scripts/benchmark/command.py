@@ -27,7 +27,7 @@ from .ways import WAYS, ways_of
 from .zoo import ZOO
 
 LOOP, GROWTH = "loop", "growth"
-ROUNDS, GROWTH_ROUNDS = 24, 8
+ROUNDS, GROWTH_ROUNDS = 24, 6
 IMPORT_MS = 60.0  # at most, wraploop over torch
 
 
