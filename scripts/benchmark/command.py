@@ -27,7 +27,7 @@ from .ways import USUAL, WAYS, ways_of
 from .zoo import ZOO
 
 LOOP, GROWTH = "loop", "growth"
-ROUNDS, GROWTH_ROUNDS = 12, 4
+ROUNDS, GROWTH_ROUNDS = 24, 6
 IMPORT_MS = 60.0  # at most, wraploop over torch
 
 
@@ -37,7 +37,7 @@ def main() -> None:
         print(listed())
         return
     names = options.rows or list(ZOO)
-    print(machine.described(), flush=True)
+    print(f"{machine.described()}\nload before: {machine.load():.2f}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
     if LOOP in names:
         measure_loop(options.rounds or ROUNDS)

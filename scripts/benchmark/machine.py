@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import platform
 import re
 import subprocess
@@ -41,6 +42,11 @@ def _revision() -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return f", wraploop at {done.stdout.strip()}"
+
+
+def load() -> float:
+    """How many processes ran in the last minute, on average; NaN where that is not known."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
 
 
 def resident_bytes() -> float:

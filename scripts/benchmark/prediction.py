@@ -18,7 +18,7 @@ from .speeds import measured_speeds
 from .zoo import ZOO, Case
 
 MODELS = ("lstm", "large-mlp")
-ROUNDS = 6
+ROUNDS = 12
 
 
 def main() -> None:

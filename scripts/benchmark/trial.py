@@ -19,8 +19,9 @@ from .measured import Measured
 from .ways import Way
 from .zoo import Case
 
-TURN_S = 0.35
-LEAST_STEPS, MOST_STEPS = 2, 400  # of a turn
+TURN_S = 0.15  # short turns and many rounds: what else the machine does hits both of a ratio
+MOST_STEPS = 400  # of a turn
+FIRST_STEPS = 2  # from which it follows how many make a turn
 LEAST_WARM_UP_STEPS = 3  # DDP makes its buckets anew after the first
 WARM_UP_STEPS = 6
 WARM_UP_S = 1.5  # after which the least are enough
@@ -68,8 +69,8 @@ def _warm_up(crew: Crew, measured: Measured) -> None:
         crew.ask(count, turns.warm_up, case, way, WARM_UP_STEPS - LEAST_WARM_UP_STEPS)
     measured.lanes = crew.ask(count, turns.lanes, case, way)[0]
     measured.deciding_steps = decided if measured.lanes else None
-    seconds = max(crew.ask(count, turns.turn, case, way, LEAST_STEPS, 0))
-    measured.steps = min(max(round(TURN_S / seconds), LEAST_STEPS), MOST_STEPS)
+    seconds = max(crew.ask(count, turns.turn, case, way, FIRST_STEPS, 0))
+    measured.steps = min(max(round(TURN_S / seconds), 1), MOST_STEPS)
 
 
 def _take_turn(crew: Crew, measured: Measured, number: int) -> None:
