@@ -87,7 +87,9 @@ class GlobalBatchNorm(_BatchNorm):
         if self.training and self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
         weight, bias = self.weight, self.bias
-        if is_transformed():
+        if shard.is_whole:
+            out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        elif is_transformed():
             out = _normalised(x, weight, bias, shard, self.eps)
         else:
             out = _Normalise.apply(x, weight, bias, shard, self.eps, mean, variance, count)
@@ -186,6 +188,8 @@ def _at_once(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     all_with_n, all_alone = sum_of_derivatives(ctx.shard, torch.cat([with_n, alone])).chunk(2)
     scale = torch.rsqrt(variance + ctx.eps)
     scale = scale if weight is None else scale * weight
+    if ctx.shard.rows == 0:  # a borrowed row, which is in no sum
+        return grad * scale.view(_channels(x)), with_n, alone
     slope, height = -scale * all_with_n / count, -scale * all_alone / count
     found = batch_norm(x, mean, variance, slope, height, False, 0.0, ctx.eps)
     return found.addcmul_(grad, scale.view(_channels(x))), with_n, alone

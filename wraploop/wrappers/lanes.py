@@ -137,6 +137,8 @@ class LaneGroup:
         rows_of_lanes = [size if owned else 0 for size in self.sizes]
         meeting = self._meeting = Meeting(len(rows), self._parent)
         self._lanes = [Lane(meeting, i, rows, weight) for i, rows in enumerate(rows_of_lanes)]
+        for lane in self._lanes:
+            lane.is_whole = len(rows) == 1 and self._parent is None
 
     def run(self, work: Callable[[int], T]) -> list[T]:
         """`work(lane)` of every lane, at the same time; the results in order.
@@ -150,7 +152,7 @@ class LaneGroup:
 
     def _run_lane(self, work: Callable[[int], T], lane: Lane) -> T:
         try:
-            with shards.running(lane if len(self._lanes) > 1 else self._parent):
+            with shards.running(lane):
                 return work(lane.index)
         except Exception as error:
             size, lanes = self.sizes[lane.index], len(self.sizes)

@@ -31,10 +31,12 @@ class Shard(ABC):
         rows: how many rows of the batch are this shard's own; 0 while it runs a borrowed one.
         loss_weight: what a loss outside counts for in the loss of the whole batch: 1 where it is of
             all rows, else the share of this process's rows in all.
+        is_whole: whether there is no other shard.
     """
 
     rows: int
     loss_weight: float = 1.0
+    is_whole: bool = False
 
     @abstractmethod
     def total(self, tensor: Tensor) -> Tensor:
