@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from wraploop.processes.channel import Channel
+
 from .rank import Rank
 from .reducer import Reducer
 
@@ -24,15 +26,17 @@ class AtStep:
     """Brings together what backwards have left, when an optimizer steps.
 
     Args:
-        rank: a shard of this rank's, of no batch.
+        channel: the way to the other processes.
+        name: what is run, for errors.
+        reduce_dtype: what gradients are sent as; None is as they are.
 
     Attributes:
         left: by id, the leaves whose `.grad` is to be brought together.
     """
 
-    def __init__(self, rank: Rank) -> None:
+    def __init__(self, channel: Channel, name: str, reduce_dtype: torch.dtype | None) -> None:
         self.left: dict[int, Tensor] = {}
-        self._rank = rank
+        self._rank = Rank(channel, [0] * channel.world_size, name, reduce_dtype=reduce_dtype)
         ref = weakref.ref(self)  # the hook stays for as long as this does
 
         def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:

@@ -71,9 +71,8 @@ class LocalRunner:
         self.channel = channel
         self._reduction = reduction
         self._name = type(module).__name__
-        none = [0] * channel.world_size
-        whole = Rank(channel, none, self._name, reduce_dtype=reduce_dtype)
-        self._at_step = AtStep(whole) if reduce_at == "step" else None
+        at_step = reduce_at == "step"
+        self._at_step = AtStep(channel, self._name, reduce_dtype) if at_step else None
         self._unsynced: dict[int, Tensor] = self._at_step.left if self._at_step else {}
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
         self._random = RandomFingerprint()

@@ -124,10 +124,8 @@ class Rank(Shard):
         received = self.channel.exchange(doing, own, *map(pack, sent))
         self.drew = any(said[0] for said in received)
         received = [said[1:] for said in received]
-        flags = [bytes(said[: len(parts)].numpy()) for said in received]
-        used, differentiable, sparse = (
-            flags_of_all(flags, bit) for bit in (USED, _DIFFERENTIABLE, SPARSE)
-        )
+        bits = USED, _DIFFERENTIABLE, SPARSE
+        used, differentiable, sparse = flags_of_all(received, len(parts), bits)
 
         wholes: list[Tensor | None] = [
             _detached(part) if m == "first" else None for part, m in zip(parts, moves, strict=True)
@@ -203,11 +201,19 @@ def is_small(tensors: Sequence[Tensor], world_size: int) -> bool:
     return (world_size - 1) * sum(size_of(t.shape, t) for t in tensors) <= _SMALL
 
 
-def flags_of_all(flags: Sequence[bytes], bit: int) -> list[bool]:
-    """For each part whether some rank has set `bit` in its flag."""
+def flags_of_all(received: Sequence[Tensor], count: int, bits: Sequence[int]) -> list[list[bool]]:
+    """For each of `bits`, for each part whether some rank has set it in its flag.
+
+    Args:
+        received: what the ranks have sent, which begins with the flags of `count` parts.
+        count: how many.
+        bits: which bits to look at.
+    """
+    flags = [bytes(said[:count].numpy()) for said in received]
     if flags.count(flags[0]) == len(flags):
-        return [bool(flag & bit) for flag in flags[0]]
-    return [any(flag & bit for flag in column) for column in zip(*flags, strict=True)]
+        return [[bool(flag & bit) for flag in flags[0]] for bit in bits]
+    columns = list(zip(*flags, strict=True))
+    return [[any(flag & bit for flag in column) for column in columns] for bit in bits]
 
 
 def _total(terms: Sequence[Tensor]) -> Tensor:

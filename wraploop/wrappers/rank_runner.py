@@ -59,9 +59,8 @@ class RankRunner:
         self.channel = channel
         self._name = type(module).__name__
         self._reduce_dtype = reduce_dtype
-        none = [0] * channel.world_size
-        whole = Rank(channel, none, self._name, reduce_dtype=reduce_dtype)
-        self._at_step = AtStep(whole) if reduce_at == "step" else None
+        at_step = reduce_at == "step"
+        self._at_step = AtStep(channel, self._name, reduce_dtype) if at_step else None
         self._probe = Probe(module) if sync_batchnorm else None
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 

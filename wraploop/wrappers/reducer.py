@@ -135,7 +135,7 @@ class Reducer:
         buckets = self._buckets_of(range(len(parts)))
         filled = [bucket.filled(parts, weight) for bucket in buckets]
         received = self._exchange(flags, *(pack(flat) for flat, _ in filled))
-        used, sparse = _used_and_sparse(received, len(parts))
+        used, sparse = flags_of_all(received, len(parts), (USED, SPARSE))
         wholes: list[Tensor | None] = [None] * len(parts)
         start = len(parts)
         for bucket, (flat, places) in zip(buckets, filled, strict=True):
@@ -153,7 +153,7 @@ class Reducer:
         self, parts: Sequence[Tensor | None], weight: float, flags: bytes
     ) -> list[Tensor | None]:
         """As `sum`, in a round of its own for what is used."""
-        used, sparse = _used_and_sparse(self._exchange(flags), len(parts))
+        used, sparse = flags_of_all(self._exchange(flags), len(parts), (USED, SPARSE))
         wholes: list[Tensor | None] = [None] * len(parts)
         dense = [i for i in range(len(parts)) if used[i] and not sparse[i]]
         for bucket in self._buckets_of(dense):
@@ -192,12 +192,6 @@ class Reducer:
         if self._bucketed != indices:
             self._bucketed, self._buckets = indices, list(_bucketed(indices, self._like))
         return self._buckets
-
-
-def _used_and_sparse(received: list[Tensor], count: int) -> tuple[list[bool], list[bool]]:
-    """Which parts some rank has used, and which are sparse on some."""
-    flags = [bytes(said[:count].numpy()) for said in received]
-    return flags_of_all(flags, USED), flags_of_all(flags, SPARSE)
 
 
 def _bucketed(indices: Sequence[int], like: Sequence[Tensor]) -> Iterator[Bucket]:

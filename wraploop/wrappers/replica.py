@@ -103,7 +103,6 @@ class Replica:
         known = set(map(Ref, tree.holders))
         objects = [(old, new) for old, new in self._copies.objects if Ref(old) in known]
         self._holders = [*self._modules, *objects]
-        self._made = [attributes(copy) for _, copy in self._holders]
         self._inner = _not_of(self._modules, self._copies.containers)  # the tree knows the others
         copied = [*(vars(old) for old, _ in self._copies.objects), *(old for old, _ in self._inner)]
         self._originals = [(container, items(container)) for container in copied]
@@ -118,11 +117,8 @@ class Replica:
             for name, parameter in module._parameters.items()
             if parameter is not None and not is_quiet(copy)
         ]
-        self._loud = [
-            (old, new, made)
-            for (old, new), made in zip(self._holders, self._made, strict=True)
-            if not is_quiet(new)
-        ]
+        loud = [(old, new) for old, new in self._holders if not is_quiet(new)]
+        self._loud = [(old, new, attributes(new)) for old, new in loud]
         pairs = list(zip(tree.parameters, leaves, strict=True))
         self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
         self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
