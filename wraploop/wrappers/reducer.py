@@ -27,7 +27,6 @@ from .rank import SPARSE, USED, Rank, flag_of, flags_of_all, is_small
 _BUCKET = 25 << 20  # bytes
 _LARGE = 1 << 20  # bytes
 _MOST_BLOCKS = 2
-_UNREFERRED = 3  # references: the list's, the loop's, and the one to the question itself
 _RUN = 1 << 18  # bytes of small gradients that are copied at once, and are then still in the cache
 
 
@@ -87,9 +86,9 @@ class Memory:
 
     def empty(self) -> Tensor:
         """A tensor of one axis whose memory nothing else refers to."""
-        for block in self._blocks if self._size else ():
-            if sys.getrefcount(block) == _UNREFERRED:
-                return self._tensor(block)
+        for i in range(len(self._blocks)):
+            if _references(self._blocks, i) == _UNREFERRED:
+                return self._tensor(self._blocks[i])
         if not self._size or len(self._blocks) == _MOST_BLOCKS:
             return self._like.new_empty(self._length)
         self._blocks.append(bytearray(self._size))
@@ -97,6 +96,13 @@ class Memory:
 
     def _tensor(self, block: bytearray) -> Tensor:
         return torch.frombuffer(block, dtype=self._like.dtype)
+
+
+def _references(blocks: list[bytearray], i: int) -> int:
+    return sys.getrefcount(blocks[i])
+
+
+_UNREFERRED = _references([bytearray()], 0)  # the list's, and what asking takes in this Python
 
 
 class Reducer:
