@@ -1,11 +1,13 @@
 """Statistics of the whole batch, inside a module that sees one shard of it.
 
-A mean over the batch is a sum over the shards of sums over rows, divided by the number of rows.
-The variance is taken around that mean in a second sum, which loses no digits where the mean is
-large against the spread.
+Of N_i values per channel with the mean m_i and the variance v_i in each shard, the whole batch's
+are, with the shares s_i = N_i / N,
 
-With the statistics m and v of N values per channel, n = (x - m) / sqrt(v + eps), and g what the
-derivative with respect to n is, that with respect to x is
+    m = sum(s_i m_i)        v = sum(s_i (v_i + (m_i - m)^2))
+
+so one move does for both, and loses no digits where a mean is large against the spread (Chan,
+Golub, LeVeque, 1979). With n = (x - m) / sqrt(v + eps), and g what the derivative with respect to n
+is, that with respect to x is
 
     (g - sum(g) / N - n sum(g n) / N) / sqrt(v + eps)
 
@@ -72,7 +74,7 @@ class GlobalBatchNorm(_BatchNorm):
         """
         of_this_batch = self.training or self.running_mean is None
         shard = current() or self.__dict__.get(_LAST_SHARD)  # checkpointing repeats it in backward
-        if shard is None or not of_this_batch:
+        if shard is None or shard.is_whole or not of_this_batch:
             return super().forward(input)
         self.__dict__[_LAST_SHARD] = shard
         self._check_input_dim(input)
@@ -87,9 +89,7 @@ class GlobalBatchNorm(_BatchNorm):
         if self.training and self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
         weight, bias = self.weight, self.bias
-        if shard.is_whole:
-            out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        elif is_transformed():
+        if is_transformed():
             out = _normalised(x, weight, bias, shard, self.eps)
         else:
             out = _Normalise.apply(x, weight, bias, shard, self.eps, mean, variance, count)
@@ -104,7 +104,7 @@ class GlobalBatchNorm(_BatchNorm):
             step = 1.0 / float(self.num_batches_tracked)
         for running, now in ((self.running_mean, mean), (self.running_var, variance)):
             assert running is not None
-            running.mul_(1 - step).add_(now.to(running.dtype), alpha=step)
+            running.lerp_(now.to(running.dtype), step)
 
 
 def _axes(x: Tensor) -> list[int]:
@@ -118,15 +118,18 @@ def _channels(x: Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def _statistics(x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+def _statistics(x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, float]:
     """Mean and variance of each channel over all shards, and of how many values."""
     own = x[:0] if shard.rows == 0 else x
     number = own.numel() // x.shape[1]
-    sums = own.sum(_axes(x))
-    total = shard.total(torch.cat([sums, sums.new_tensor([number])]))
-    mean, count = total[:-1] / total[-1], total[-1]
-    around = (own - mean.view(_channels(x))).square_().sum(_axes(x))
-    return mean, shard.total(around) / count, count
+    mean = own.sum(_axes(x)) / max(1, number)
+    variance = (own - mean.view(_channels(x))).square_().sum(_axes(x)) / max(1, number)
+    each = shard.everyones(torch.cat([mean, variance, mean.new_tensor([number])])[None])
+    means, variances, numbers = each.split([len(mean), len(mean), 1], 1)
+    count = numbers.sum()
+    shares = numbers / count
+    mean = (shares * means).sum(0)
+    return mean, (shares * ((means - mean).square_() + variances)).sum(0), float(count)
 
 
 def _normalised(
@@ -154,7 +157,7 @@ class _Normalise(Function):
         eps: float,
         mean: Tensor,
         variance: Tensor,
-        count: Tensor,
+        count: float,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
         ctx.shard, ctx.eps, ctx.statistics = shard, eps, (mean, variance, count)
@@ -185,12 +188,12 @@ def _at_once(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, _ = ctx.saved_tensors
     mean, variance, count = ctx.statistics
     with_n, alone = batch_norm_sums(grad, x, mean, variance, ctx.eps)
-    all_with_n, all_alone = sum_of_derivatives(ctx.shard, torch.cat([with_n, alone])).chunk(2)
+    sums = sum_of_derivatives(ctx.shard, torch.stack([with_n, alone]))
     scale = torch.rsqrt(variance + ctx.eps)
     scale = scale if weight is None else scale * weight
     if ctx.shard.rows == 0:  # a borrowed row, which is in no sum
         return grad * scale.view(_channels(x)), with_n, alone
-    slope, height = -scale * all_with_n / count, -scale * all_alone / count
+    slope, height = sums * (scale * (-1 / count))
     found = batch_norm(x, mean, variance, slope, height, False, 0.0, ctx.eps)
     return found.addcmul_(grad, scale.view(_channels(x))), with_n, alone
 

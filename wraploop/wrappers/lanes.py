@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 class Meeting:
-    """Where the lanes of a pass meet to sum: everybody brings a tensor and takes the total."""
+    """Where the lanes of a pass meet: everybody brings a tensor and takes what becomes of all."""
 
     def __init__(self, lanes: int, parent: Shard | None) -> None:
         self._parent = parent
@@ -48,12 +48,19 @@ class Meeting:
 
     def total(self, lane: int, tensor: Tensor) -> Tensor:
         """The sum of what all lanes bring, in the order of the lanes."""
+        return self._met(lane, tensor, self._total)
+
+    def everyones(self, lane: int, tensor: Tensor) -> Tensor:
+        """What all lanes bring, in the order of the lanes, along the first axis."""
+        return self._met(lane, tensor, self._everyones)
+
+    def _met(self, lane: int, tensor: Tensor, together: Callable[[list[Tensor]], Tensor]) -> Tensor:
         with self._changed:
             this_round = self._round
             self._brought[lane] = tensor
             self._missing -= 1
             if self._missing == 0:
-                self._sum_up()
+                self._put_together(together)
             self._changed.wait_for(lambda: self._round != this_round or self._ended)
             if self._round == this_round:
                 raise Disagreement(
@@ -61,17 +68,24 @@ class Meeting:
                     "another shard has not computed: the module must use the same such layers for "
                     "every row."
                 )
-            return self._sum.to(tensor.device, copy=True)
+            return self._whole.to(tensor.device, copy=True)
 
-    def _sum_up(self) -> None:
+    def _put_together(self, together: Callable[[list[Tensor]], Tensor]) -> None:
         brought = [tensor for tensor in self._brought if tensor is not None]
-        total = brought[0]
-        for tensor in brought[1:]:
-            total = total + tensor.to(total.device)
-        self._sum = self._parent.total(total) if self._parent else total
+        self._whole = together([tensor.to(brought[0].device) for tensor in brought])
         self._missing = len(self._brought)
         self._round += 1
         self._changed.notify_all()
+
+    def _total(self, brought: list[Tensor]) -> Tensor:
+        total = brought[0]
+        for tensor in brought[1:]:
+            total = total + tensor
+        return self._parent.total(total) if self._parent else total
+
+    def _everyones(self, brought: list[Tensor]) -> Tensor:
+        all_lanes = torch.cat(brought)
+        return self._parent.everyones(all_lanes) if self._parent else all_lanes
 
     def leave(self) -> None:
         """Says that a lane is through; whoever waits for it now, or will, gets an error."""
@@ -95,6 +109,10 @@ class Lane(Shard):
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all shards' `tensor`."""
         return self.meeting.total(self.index, tensor)
+
+    def everyones(self, tensor: Tensor) -> Tensor:
+        """All shards' `tensor`, one behind the other along the first axis."""
+        return self.meeting.everyones(self.index, tensor)
 
 
 class Lanes(NamedTuple):

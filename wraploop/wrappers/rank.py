@@ -85,6 +85,13 @@ class Rank(Shard):
         terms = self.channel.exchange(doing, pack(tensor))
         return _total([unpack(term, tensor.shape, tensor) for term in terms])
 
+    def everyones(self, tensor: Tensor) -> Tensor:
+        """All ranks' `tensor`, one behind the other along the first axis."""
+        row = tensor.shape[1:]
+        doing = f"statistics of every shard {tuple(row)} in {self.name}"
+        received = torch.cat(self.channel.exchange(doing, pack(tensor)))
+        return received.view(tensor.dtype).view(-1, *row).to(tensor.device)
+
     def take(self, whole: Tensor, move: Move, *, borrow: bool) -> Tensor:
         """This rank's part of `whole`: its own rows ("scatter"), or all ("share").
 

@@ -42,6 +42,10 @@ class Shard(ABC):
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all shards' `tensor`. Every shard must call it, in the same order."""
 
+    @abstractmethod
+    def everyones(self, tensor: Tensor) -> Tensor:
+        """All shards' `tensor`, one behind the other along the first axis; called as `total`."""
+
 
 def current() -> Shard | None:
     """The shard that this thread runs; None outside of every wrapper."""
