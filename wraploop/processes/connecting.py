@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from .arena import Neighbour, own_arena
 from .collectives import Collectives
 from .wire import Incoming, Outgoing, Wire
 
@@ -42,8 +43,10 @@ def connect(collectives: Collectives, timeout_s: float) -> Wire | None:
     rank, world_size = collectives.rank, collectives.world_size
     distances = [1 << k for k in range((world_size - 1).bit_length())]
     outgoing: list[Outgoing] = []
+    arena = own_arena()
     with _listen() as listening:
         own = {"port": listening.getsockname()[1], "at": _addresses()}
+        own["arena"] = arena.name if arena else None
         said = say({**own, "secret": secrets.token_hex(2 * _SECRET)}, timeout_s)
         secret = bytes.fromhex(said[0]["secret"])
         callers = {distance: (rank + distance) % world_size for distance in distances}
@@ -55,13 +58,23 @@ def connect(collectives: Collectives, timeout_s: float) -> Wire | None:
                     hello = _HELLO.pack(secret[:_SECRET], rank, distance)
                     connection = _call(said[peer], hello, secret[_SECRET:], until_s)
                     outgoing.append(Outgoing(connection, peer))
-            reached = {"all": len(outgoing) == len(distances)}
+            neighbours = _neighbours(said, rank)
+            reached = {"all": len(outgoing) == len(distances), "near": neighbours is not None}
             reached = say(reached, timeout_s + 2 * _CALLS_WITHIN_S)
     incoming = [reception.incoming[d] for d in sorted(reception.incoming)]
     wire = Wire(rank, world_size, outgoing, incoming)
+    if neighbours and all(each["near"] for each in reached):
+        wire.arena, wire.neighbours = arena, neighbours
     if all(each["all"] for each in reached):
         return wire
     wire.close()
+    return None
+
+
+def _neighbours(said: list[dict[str, Any]], rank: int) -> dict[int, Neighbour] | None:
+    """The other ranks' arenas; None where one cannot be read from here."""
+    with suppress(OSError, TypeError):
+        return {r: Neighbour(each["arena"]) for r, each in enumerate(said) if r != rank}
     return None
 
 

@@ -10,6 +10,9 @@ r - 1, r - 2, r - 4, ... and receives from r + 1, r + 2, r + 4, ...
     sum      a ring: each rank's run of the numbers collects everyone's in n - 1 steps, and in as
              many goes around, so that all ranks have the very same bits (Patarasu, Yuan, 2009)
 
+On one machine numbers that lie in arenas, see `arena.py`, are read where they are: each rank adds
+up its run of them, then copies the others' runs; it says when it is through with either.
+
 Every message says which collective it is for, by number and kind. What belongs to one that this
 rank has given up is dropped when it comes, so an error leaves nothing behind that another could
 take. A rank that gives up, for whatever reason, tells those that wait for it; so none waits long
@@ -33,12 +36,15 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from .arena import Arena, Neighbour
 from .packing import view_of
 
 _HEAD = struct.Struct("<BQQ")  # the kind and the number of the collective, the message's length
 _GATHER, _SUM, _GIVEN_UP = range(3)
 _LENGTH = struct.Struct("<Q")
 _PIECE = 1 << 22  # bytes of a sum that go around at once: a cache's worth
+_PIECE_IN_PLACE = 1 << 20
+_PLACE = struct.Struct("<qQ")  # where a tensor lies in an arena, and how many bytes
 _MOST_VIEWS = 8  # given to the system at once
 _MOST_TEXT = 1024
 _LOOK_AGAIN_S = 3600.0  # a wait that the system takes
@@ -198,11 +204,18 @@ class Wire:
         rank: this rank.
         outgoing: to the ranks 1, 2, 4, ... before this one.
         incoming: from those after it.
+
+    Attributes:
+        arena: this process's, if every rank can read every other's; else None.
+        neighbours: then the others', by rank.
     """
+
+    arena: Arena | None = None
 
     def __init__(
         self, rank: int, world_size: int, outgoing: list[Outgoing], incoming: list[Incoming]
     ) -> None:
+        self.neighbours: dict[int, Neighbour] = {}
         self.rank = rank
         self.world_size = world_size
         self._outgoing = outgoing
@@ -211,6 +224,7 @@ class Wire:
         self._turn = threading.Lock()
         self._is_closed = False
         self._is_moving = False  # bytes, not all of which have been counted
+        self._given_up: list[Tensor] = []  # which others may still read
         _open.add(self)
 
     def close(self) -> None:
@@ -233,13 +247,16 @@ class Wire:
             ConnectionError: one of them has ended, has given this up or does something else.
         """
         with self._collective(timeout_s) as until_s:
-            have: list[Bytes] = [bytearray().join(parts)]
-            for outgoing, incoming in zip(self._outgoing, self._incoming, strict=True):
-                passed = have[: self.world_size - len(have)]
-                lengths = b"".join(_LENGTH.pack(len(message)) for message in passed)
-                outgoing.put(_GATHER, self._number, [lengths, *passed])
-                received = self._pass(outgoing, incoming, _GATHER, None, until_s)
-                have += _cut(received, len(passed))
+            return self._gather(_GATHER, parts, until_s)
+
+    def _gather(self, kind: int, parts: Sequence[Bytes], until_s: float) -> list[memoryview]:
+        have: list[Bytes] = [bytearray().join(parts)]
+        for outgoing, incoming in zip(self._outgoing, self._incoming, strict=True):
+            passed = have[: self.world_size - len(have)]
+            lengths = b"".join(_LENGTH.pack(len(message)) for message in passed)
+            outgoing.put(kind, self._number, [lengths, *passed])
+            received = self._pass(outgoing, incoming, kind, None, until_s)
+            have += _cut(received, len(passed))
         start = self.world_size - self.rank
         return [memoryview(message) for message in have[start:] + have[:start]]
 
@@ -254,11 +271,46 @@ class Wire:
             TimeoutError: they have not come; then `flat` is neither.
             ConnectionError: as `gather`.
         """
-        size = max(1, _PIECE // flat.element_size())
-        other = flat.new_empty(min(size, len(flat)) // self.world_size + 1)
         with self._collective(timeout_s) as until_s:
+            places = self._places(flat, until_s) if self.arena else None
+            if places:
+                self._sum_in_place(flat, places, until_s)
+                return
+            size = max(1, _PIECE // flat.element_size())
+            other = flat.new_empty(min(size, len(flat)) // self.world_size + 1)
             for piece in flat.split(size):
                 self._sum_piece(piece, other, until_s)
+
+    def _places(self, flat: Tensor, until_s: float) -> list[int] | None:
+        """Where in its arena each rank's `flat` begins; None if one does not lie in its."""
+        place = self.arena.place_of(flat) if self.arena else None
+        own = _PLACE.pack(-1 if place is None else place, flat.nbytes)
+        said = [_PLACE.unpack(each) for each in self._gather(_SUM, [own], until_s)]
+        for rank, (_, size) in enumerate(said):
+            if size != flat.nbytes:
+                raise ConnectionError(f"rank {rank} sums another number of bytes")
+        places = [place for place, _ in said]
+        return None if min(places) < 0 else places
+
+    def _sum_in_place(self, flat: Tensor, places: list[int], until_s: float) -> None:
+        runs = flat.tensor_split(self.world_size)
+
+        def theirs(piece: Tensor, rank: int) -> Tensor:
+            at = places[rank] + piece.data_ptr() - flat.data_ptr()
+            return self.neighbours[rank].part(at, piece)
+
+        try:
+            for piece in _pieces(runs[self.rank]):
+                for rank in self.neighbours:
+                    piece += theirs(piece, rank)
+            self._gather(_SUM, [], until_s)
+            for rank in self.neighbours:
+                for piece in _pieces(runs[rank]):
+                    piece.copy_(theirs(piece, rank))
+            self._gather(_SUM, [], until_s)  # from here on each may write to its own
+        except BaseException:
+            self._given_up.append(flat)
+            raise
 
     def _sum_piece(self, piece: Tensor, other: Tensor, until_s: float) -> None:
         n, r = self.world_size, self.rank
@@ -328,6 +380,10 @@ class Wire:
             outgoing.keep()
             outgoing.put(_GIVEN_UP, self._number, [text])
             outgoing.push()
+
+
+def _pieces(run: Tensor) -> Sequence[Tensor]:
+    return run.split(max(1, _PIECE_IN_PLACE // run.element_size())) if len(run) else ()
 
 
 def _wait(

@@ -14,7 +14,8 @@ None; one that some used gets the sum, on every rank.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,14 +37,17 @@ class Bucket:
     Args:
         indices: which.
         like: a tensor of the shape, dtype and device of each gradient that there is.
+        new: makes a buffer of at least so many bytes.
     """
 
-    def __init__(self, indices: Sequence[int], like: Sequence[Tensor]) -> None:
+    def __init__(
+        self, indices: Sequence[int], like: Sequence[Tensor], new: Callable[[int], Any] = bytearray
+    ) -> None:
         self.indices = indices
         self._like = [like[i] for i in indices]
         self._runs = list(_runs([size_of(t.shape, t) for t in self._like], _RUN))
         self._sizes = [sum(t.numel() for t in self._like[run]) for run in self._runs]
-        self._memory = Memory(sum(self._sizes), self._like[0])
+        self._memory = Memory(sum(self._sizes), self._like[0], new)
 
     def filled(self, parts: Sequence[Tensor | None], weight: float) -> tuple[Tensor, list[Tensor]]:
         """The gradients times `weight`, flat, and each gradient's place in that.
@@ -75,14 +79,16 @@ class Memory:
     Args:
         length: of the tensors.
         like: of the same dtype and device.
+        new: makes a buffer of at least so many bytes.
     """
 
-    def __init__(self, length: int, like: Tensor) -> None:
+    def __init__(self, length: int, like: Tensor, new: Callable[[int], Any] = bytearray) -> None:
         self._length = length
         self._like = like.new_empty(0)
         size = size_of([length], like)
         self._size = size if size >= _LARGE and like.device.type == "cpu" else 0
-        self._blocks: list[bytearray] = []
+        self._new = new
+        self._blocks: list[Any] = []
 
     def empty(self) -> Tensor:
         """A tensor of one axis whose memory nothing else refers to."""
@@ -91,14 +97,14 @@ class Memory:
                 return self._tensor(self._blocks[i])
         if not self._size or len(self._blocks) == _MOST_BLOCKS:
             return self._like.new_empty(self._length)
-        self._blocks.append(bytearray(self._size))
+        self._blocks.append(self._new(self._size))
         return self._tensor(self._blocks[-1])
 
-    def _tensor(self, block: bytearray) -> Tensor:
-        return torch.frombuffer(block, dtype=self._like.dtype)
+    def _tensor(self, block: Any) -> Tensor:
+        return torch.frombuffer(block, dtype=self._like.dtype, count=self._length)
 
 
-def _references(blocks: list[bytearray], i: int) -> int:
+def _references(blocks: list[Any], i: int) -> int:
     return sys.getrefcount(blocks[i])
 
 
@@ -196,19 +202,19 @@ class Reducer:
         """The buckets for those gradients, the same on every rank."""
         indices = list(indices)
         if self._bucketed != indices:
-            self._bucketed, self._buckets = indices, list(_bucketed(indices, self._like))
+            self._bucketed, self._buckets = indices, list(self._new_buckets(indices))
         return self._buckets
 
-
-def _bucketed(indices: Sequence[int], like: Sequence[Tensor]) -> Iterator[Bucket]:
-    """Buckets for those gradients: of one kind each, in order, none very large."""
-    kinds: dict[object, list[int]] = {}
-    for i in indices:
-        kinds.setdefault((like[i].dtype, like[i].device), []).append(i)
-    for kind in kinds.values():
-        sizes = [size_of(like[i].shape, like[i]) for i in kind]
-        for run in _runs(sizes, _BUCKET):
-            yield Bucket(kind[run], like)
+    def _new_buckets(self, indices: Sequence[int]) -> Iterator[Bucket]:
+        """Buckets for those gradients: of one kind each, in order, none very large."""
+        like = self._like
+        kinds: dict[object, list[int]] = {}
+        for i in indices:
+            kinds.setdefault((like[i].dtype, like[i].device), []).append(i)
+        for kind in kinds.values():
+            sizes = [size_of(like[i].shape, like[i]) for i in kind]
+            for run in _runs(sizes, _BUCKET):
+                yield Bucket(kind[run], like, self._rank.channel.memory)
 
 
 def _runs(sizes: list[int], most: int) -> Iterator[slice]:
