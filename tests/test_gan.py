@@ -257,13 +257,43 @@ def test_a_step_is_the_plain_step_written_out(loss):
             torch.testing.assert_close(mine, value, rtol=1e-12, atol=1e-15, msg=f"{name}.{key}")
 
 
-def test_gradients_cross_each_network_once_a_step():
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_a_step_that_reuses_fakes_is_the_tutorials(loss):
+    phase = GANTraining(3, loss=loss, reuse_fakes=True, critic_steps=2)
+    learner = train(phase, phase_batches=2)
+
+    models = make_models()
+    generator, critic = models["generator"], models["critic"]
+    optimizers = {name: torch.optim.SGD(m.parameters(), lr=0.1) for name, m in models.items()}
+    torch.manual_seed(1)
+    batches = [torch.randn(6, 2, dtype=torch.float64) for _ in range(2)]
+    real = fake = torch.empty(0)
+    torch.manual_seed(2)
+    for real in batches:
+        fake = generator(torch.randn(6, 3, dtype=torch.float64))
+        critic.zero_grad()
+        loss.critic(critic(real), critic(fake.detach())).backward()
+        optimizers["critic"].step()
+    real_scores = critic(real) if loss.generator_sees_real else None
+    loss.generator(real_scores, critic(fake)).backward()
+    optimizers["generator"].step()
+
+    for name, model in models.items():
+        for key, value in model.state_dict().items():
+            mine = learner.models[name].state_dict()[key]
+            torch.testing.assert_close(mine, value, rtol=1e-12, atol=1e-15, msg=f"{name}.{key}")
+
+
+@pytest.mark.parametrize("reuse_fakes", [False, True])
+def test_gradients_cross_each_network_once_a_step(reuse_fakes):
     models = make_models()
     generator, critic = Calls(models["generator"]), Calls(models["critic"])
-    train(GANTraining(3, penalties=[R1()]), models=models)
+    phase = GANTraining(3, penalties=[R1(), PathLength()], reuse_fakes=reuse_fakes)
+    train(phase, models=models)
 
     assert (critic.forwards, critic.parameter_backwards) == (3, 1)  # real, fake, fake again
-    assert (generator.forwards, generator.parameter_backwards) == (2, 1)
+    assert generator.forwards == 2 - reuse_fakes
+    assert generator.parameter_backwards == 1
 
 
 def test_the_generator_is_updated_at_every_critic_stepsth_step():

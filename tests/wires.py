@@ -22,9 +22,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from wraploop.processes import Channel, PeerError, channel, connecting
+from wraploop.processes import Channel, PeerError, arena, channel, connecting
 from wraploop.processes.collectives import Collectives
-from wraploop.processes.wire import _PIECE, Wire
+from wraploop.processes.wire import _PIECE, _PIECE_IN_PLACE, Wire
 
 SIZES = (2, 3, 4)
 LONG_S = 12.0  # as good as for ever
@@ -61,8 +61,15 @@ def numbers(rank, length, dtype=torch.float32):
     return found.to(dtype) * 1j if dtype.is_complex else found.to(dtype)
 
 
-def assert_sums(wire, length, dtype=torch.float32, timeout_s=LONG_S):
-    flat = numbers(wire.rank, length, dtype)
+def near(wire, values, after=0):
+    """`values` in the wire's arena, behind so many others."""
+    block = wire.arena.block((after + len(values)) * values.element_size())
+    room = torch.frombuffer(block, dtype=values.dtype, count=after + len(values))[after:]
+    return room.copy_(values)
+
+
+def assert_sums(wire, length, dtype=torch.float32, timeout_s=LONG_S, place=lambda wire, x: x):
+    flat = place(wire, numbers(wire.rank, length, dtype))
     wire.sum(flat, timeout_s)
     expected = numbers(0, length, dtype)
     for rank in range(1, wire.world_size):
@@ -114,6 +121,131 @@ def a_sum_has_the_same_bits_on_every_rank(wire):
         wire.sum(flat, LONG_S)
         found = wire.gather([flat.view(torch.uint8).numpy().tobytes()], LONG_S)
         assert all(each == found[0] for each in found)
+
+
+def what_lies_in_arenas_is_summed_there_and_nothing_of_it_is_sent(wire):
+    pieces, wire._sum_piece = wire._sum_piece, None
+    short = [1, wire.world_size - 1, wire.world_size, wire.world_size + 1, 1001]
+    for dtype, length in itertools.product(DTYPES, short):
+        assert_sums(wire, length, dtype, place=lambda w, x: near(w, x, after=w.rank * 77))
+    long = wire.world_size * 2 * _PIECE_IN_PLACE // 8
+    for over in (-1, 0, 1):
+        assert_sums(wire, long + over, torch.float64, place=lambda w, x: near(w, x, after=3000))
+    wire._sum_piece = pieces
+
+
+def a_sum_in_arenas_has_the_same_bits_on_every_rank(wire):
+    draw = torch.Generator().manual_seed(wire.rank)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        flat = near(wire, torch.randn(1001, generator=draw).to(dtype))
+        wire.sum(flat, LONG_S)
+        found = wire.gather([flat.view(torch.uint8).numpy().tobytes()], LONG_S)
+        assert all(each == found[0] for each in found)
+
+
+def a_channels_memory_is_in_the_arena(wire):
+    speaking = Channel(None, LONG_S)
+    speaking.exchange("count", b"1")
+    flat = torch.frombuffer(speaking.memory(4004), dtype=torch.float32, count=1001)
+    assert wire.arena.place_of(flat) is not None
+    assert speaking.sum(flat.fill_(1.0)).eq(wire.world_size).all()
+
+
+def what_lies_elsewhere_on_one_rank_is_sent_by_all(wire):
+    for rank in range(wire.world_size):
+        assert_sums(wire, 1001, place=near if wire.rank == rank else lambda wire, x: x)
+        assert_sums(wire, 1001, place=near if wire.rank != rank else lambda wire, x: x)
+
+
+def sums_in_arenas_that_do_not_fit_are_an_error_on_every_rank(wire):
+    with refused(ConnectionError, match="another number of bytes"):
+        wire.sum(near(wire, torch.ones(1000 + 8 * (wire.rank == 0))), LONG_S)
+    assert_goes_on(wire)
+    _last_is_late(wire, lambda s: assert_sums(wire, LARGE // 4, timeout_s=s, place=near))
+
+
+def what_others_may_still_read_is_kept_when_a_sum_is_given_up(wire):
+    flat = near(wire, torch.ones(1001))
+    gather, calls = wire._gather, []
+
+    def gather_or_fail(*given):
+        calls.append(given)
+        if len(calls) == 3:  # all have added up, and read each other's sums
+            raise Interrupted("by hand")
+        return gather(*given)
+
+    if wire.rank == 0:
+        wire._gather = gather_or_fail
+    with refused(Interrupted if wire.rank == 0 else ConnectionError):
+        wire.sum(flat, LONG_S)
+    vars(wire).pop("_gather", None)
+    where = flat.data_ptr()
+    del flat
+    assert where in wire.arena._blocks
+    assert_goes_on(wire)
+    wire._given_up.clear()
+    assert where not in wire.arena._blocks
+
+
+def an_interrupt_of_a_sum_in_arenas_is_an_error_and_never_wrong_numbers(wire):
+    for after_s in (0.001, 0.004, 0.013):
+        again = connected()
+        try:
+            with _interrupted(after_s) if wire.rank == 0 else nullcontext():
+                while True:
+                    assert_sums(again, 300_000, place=near)
+        except (Interrupted, ConnectionError):
+            pass
+        with suppress(TimeoutError, ConnectionError):
+            assert_gathers(again, 100_000, LATE_S)  # as who tells the others
+        again.close()
+        dist.barrier()
+
+
+def _held(wire):
+    """How many bytes of the arena's file there are."""
+    return os.fstat(wire.arena._file).st_blocks * 512
+
+
+def memory_goes_back_to_the_system_and_not_from_a_forked_child(wire):
+    before = _held(wire)
+    flat = near(wire, torch.ones(LARGE // 4))
+    assert _held(wire) >= before + LARGE
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with suppress(BaseException):
+            del flat
+            gc.collect()
+            mine = arena.own_arena()
+            assert mine
+            assert mine.name["file"] != wire.arena.name["file"]
+            code = 0
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert flat.eq(1).all()
+    assert _held(wire) >= before + LARGE
+    del flat
+    assert _held(wire) <= before
+
+
+def processes_that_cannot_read_each_others_arenas_send(wire):
+    neighbour = arena.Neighbour
+
+    def of_another_machine(name):
+        return neighbour({**name, "token": "00" * 16})
+
+    if wire.rank == 0:
+        connecting.Neighbour = of_another_machine
+    try:
+        again = connected()
+    finally:
+        connecting.Neighbour = neighbour
+    assert again.arena is None
+    assert not again.neighbours
+    assert_goes_on(again)
+    again.close()
 
 
 def _last_is_late(wire, act):
@@ -401,7 +533,13 @@ def what_a_rank_said_arrives_although_it_has_ended(wire):
             act(wire, 8)
 
 
-def a_rank_that_is_killed_in_a_large_sum_is_an_error_on_all_others(wire):
+def a_rank_that_is_killed_in_a_large_sum_in_arenas_is_an_error_on_all_others(wire):
+    a_rank_that_is_killed_in_a_large_sum_is_an_error_on_all_others(
+        wire, near(wire, torch.ones(LARGE // 4))
+    )
+
+
+def a_rank_that_is_killed_in_a_large_sum_is_an_error_on_all_others(wire, flat=None):
     heard = FOLDER / f"heard{wire.world_size}"
     last = wire.world_size - 1
     if wire.rank == last:
@@ -412,7 +550,7 @@ def a_rank_that_is_killed_in_a_large_sum_is_an_error_on_all_others(wire):
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGKILL)).start()
     with refused(ConnectionError):
         while True:
-            wire.sum(torch.ones(LARGE // 4), LONG_S)
+            wire.sum(torch.ones(LARGE // 4) if flat is None else flat, LONG_S)
     heard.touch()
 
 
@@ -420,6 +558,15 @@ CLAIMS = [
     everyone_gets_everyones_message_of_any_length,
     a_sum_is_right_for_every_dtype_and_length,
     a_sum_has_the_same_bits_on_every_rank,
+    what_lies_in_arenas_is_summed_there_and_nothing_of_it_is_sent,
+    a_sum_in_arenas_has_the_same_bits_on_every_rank,
+    a_channels_memory_is_in_the_arena,
+    what_lies_elsewhere_on_one_rank_is_sent_by_all,
+    sums_in_arenas_that_do_not_fit_are_an_error_on_every_rank,
+    what_others_may_still_read_is_kept_when_a_sum_is_given_up,
+    an_interrupt_of_a_sum_in_arenas_is_an_error_and_never_wrong_numbers,
+    memory_goes_back_to_the_system_and_not_from_a_forked_child,
+    processes_that_cannot_read_each_others_arenas_send,
     who_comes_late_takes_nothing_that_was_meant_for_another_operation,
     what_was_sent_half_belongs_to_nobody_after_it_is_given_up,
     ranks_that_do_different_things_all_get_an_error_at_once,
@@ -439,6 +586,7 @@ CLAIMS = [
 LAST = [  # which end a process
     what_a_rank_said_arrives_although_it_has_ended,
     a_rank_that_is_killed_in_a_large_sum_is_an_error_on_all_others,
+    a_rank_that_is_killed_in_a_large_sum_in_arenas_is_an_error_on_all_others,
 ]
 FOLDER = Path(sys.argv[-1])
 

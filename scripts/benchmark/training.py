@@ -94,7 +94,7 @@ class Phase(Training):
 
     def __init__(self, case: Case, way: Way, rank: int) -> None:
         super().__init__(case, way, rank)
-        self.phase = GANTraining(LATENTS)
+        self.phase = GANTraining(LATENTS, reuse_fakes=True)  # as the tutorial
         self.learner = Learner(self.models, optimizer=self.optimizers, default_callbacks=False)
 
     def run(self, steps: int) -> None:

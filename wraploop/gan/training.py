@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
     from wraploop.learner import Learner
 
 
+class Generated(NamedTuple):
+    """Samples, and the latents they were made from."""
+
+    latents: Tensor
+    fake: Tensor
+
+
 class GANTraining(AbstractTrainingPhase):
     """One update of `learner.model.critic`, then one of `learner.model.generator`.
 
@@ -38,6 +45,9 @@ class GANTraining(AbstractTrainingPhase):
         critic_steps: the generator is updated after every so many-th update of the critic, each
             on a batch of its own; other steps have no `generator_loss`.
         penalties: terms added to the losses.
+        reuse_fakes: whether the generator's half takes the samples that the critic has just been
+            trained on, as PyTorch's DCGAN tutorial does, and not new ones; one forward of the
+            generator less.
 
     Raises:
         ValueError, TypeError: on making it, arguments that cannot be; in a step, models not
@@ -71,8 +81,10 @@ class GANTraining(AbstractTrainingPhase):
         loss: AdversarialLoss = NonSaturating(),
         critic_steps: int = 1,
         penalties: Iterable[Penalty] = (),
+        reuse_fakes: bool = False,
     ) -> None:
         self.latent_size, self.loss, self.critic_steps = latent_size, loss, critic_steps
+        self.reuse_fakes = reuse_fakes
         self.penalties = list(penalties)
         self.critic_updates = self.generator_updates = 0
         _check(self)
@@ -87,18 +99,23 @@ class GANTraining(AbstractTrainingPhase):
             )
         learner.step.real = real = _samples(batch)
         learner.step.rows = len(real)
-        self.train_critic(learner, real)
-        if self.critic_updates % self.critic_steps == 0:
-            self.train_generator(learner, real)
+        trains_both = (self.critic_updates + 1) % self.critic_steps == 0
+        learner.step.trains = "critic"
+        generated = self.generated(learner, real) if trains_both and self.reuse_fakes else None
+        self.train_critic(learner, real, generated)
+        if trains_both:
+            self.train_generator(learner, real, generated)
 
-    def train_critic(self, learner: Learner, real: Tensor) -> None:
-        """Updates the critic on real samples and as many generated ones."""
+    def train_critic(
+        self, learner: Learner, real: Tensor, generated: Generated | None = None
+    ) -> None:
+        """Updates the critic on real samples and as many generated ones, new if none are given."""
         state, critic = learner.step, learner.model.critic
         due = self._due(CriticPenalty, self.critic_updates)
         real = real.detach().requires_grad_(bool(due))
         state.trains = "critic"
         with torch.no_grad():
-            state.fake = learner.model.generator(self.latents(real))
+            state.fake = (generated or self.generated(learner, real)).fake.detach()
         real_scores, fake_scores = critic(real), critic(state.fake)
         learner.handle(LossBegin())
         half = CriticHalf(critic, real, state.fake, real_scores, fake_scores)
@@ -107,14 +124,15 @@ class GANTraining(AbstractTrainingPhase):
         self._update(learner, state.critic_loss, learner.optimizer.critic)
         self.critic_updates += 1
 
-    def train_generator(self, learner: Learner, real: Tensor) -> None:
-        """Updates the generator against the critic as it is."""
+    def train_generator(
+        self, learner: Learner, real: Tensor, generated: Generated | None = None
+    ) -> None:
+        """Updates the generator against the critic as it is, on new samples if none are given."""
         state, generator, critic = learner.step, learner.model.generator, learner.model.critic
         due = self._due(GeneratorPenalty, self.generator_updates)
-        latents = self.latents(real).requires_grad_(bool(due))
         state.trains = "generator"
         with frozen(critic):
-            state.fake = generator(latents)
+            latents, state.fake = generated or self.generated(learner, real)
             real_scores = critic(real) if self.loss.generator_sees_real else None
             fake_scores = critic(state.fake)
             learner.handle(LossBegin())
@@ -123,6 +141,12 @@ class GANTraining(AbstractTrainingPhase):
             state.generator_loss = torch.stack(terms).sum()
             self._update(learner, state.generator_loss, learner.optimizer.generator)
         self.generator_updates += 1
+
+    def generated(self, learner: Learner, real: Tensor) -> Generated:
+        """As many generated samples as there are real ones, for a generator's half."""
+        due = self._due(GeneratorPenalty, self.generator_updates)
+        latents = self.latents(real).requires_grad_(bool(due) and torch.is_grad_enabled())
+        return Generated(latents, learner.model.generator(latents))
 
     def latents(self, real: Tensor) -> Tensor:
         """As many standard normal latents as there are real samples."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-_SAMPLES = 3  # of each number of lanes, after one to warm up
-_MOST_CALLS = 16
-_GAIN = 0.95  # more than one lane must take at most this part of the time of one
+_CALLS = 18  # that are tried, if each has its backward
+_MOST_CALLS = 3 * _CALLS
+_WARM_UP = 1  # of them, with each number of lanes
+_GAIN = 0.9  # more than one lane must take at most this part of the time of one
 
 
 class Tuner:
@@ -39,15 +40,17 @@ class Tuner:
             self._choose()
 
     def _choose(self) -> None:
-        parts = {part for part, _ in self._seconds}
-        needed = [self._seconds[part, lanes] for part in parts for lanes in self._candidates]
-        enough = all(len(samples) > _SAMPLES for samples in needed)
-        if not enough or (parts == {"forward"} and self._calls < _MOST_CALLS):
-            return
-        cost = {
-            lanes: sum(_median(self._seconds[part, lanes][1:]) for part in parts)
-            for lanes in self._candidates
+        samples = {
+            part: [self._seconds[part, lanes][_WARM_UP:] for lanes in self._candidates]
+            for part in {part for part, _ in self._seconds}
         }
+        fewest = min(len(one) for each in samples.values() for one in each)
+        enough = _CALLS // len(self._candidates) - _WARM_UP
+        if self._calls < (_CALLS if fewest >= enough else _MOST_CALLS):
+            return
+        known = [each for each in samples.values() if all(each)]
+        costs = [sum(map(_median, column)) for column in zip(*known, strict=True)]
+        cost = dict(zip(self._candidates, costs, strict=True)) if known else {1: 0.0}
         fastest = min(cost, key=cost.__getitem__)
         self.chosen = fastest if cost[fastest] < _GAIN * cost[1] else 1
 
