@@ -84,9 +84,9 @@ def _sent(case: Case, say: Say) -> dict[str, dict[int, list[Collective]]]:
 
 
 def predicted_ways(processes: int) -> list[Way]:
-    """Those that are predicted, in so many processes."""
+    """Those that are predicted, in so many processes, as on as many machines."""
     wrapped = [distributed(batch, processes, batch) for batch in ("local", "global")]
-    return [ddp("ddp-view", processes, view=True), *wrapped]
+    return [replace(way, apart=True) for way in (ddp("ddp-view", processes, view=True), *wrapped)]
 
 
 ALONE = Way("alone", "plain torch, nothing sent", plain, CORES, "own", threads=1)

@@ -9,7 +9,8 @@ does not bring batch norm's statistics together, which "local" does and "local-o
 
 Peak MiB is what rank 0 takes over what it had before, in a process of its own. Sent is what all
 processes of the machine send over the loopback interface, headers of TCP included: let nothing
-else talk or compute meanwhile.
+else talk or compute meanwhile. What DistributedModel's processes read in each other's memory is not
+sent; with --apart they do not, and send all, as between machines.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from . import chart, growth, loop, machine, table
@@ -55,6 +57,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(rows)}")
     parser.add_argument("--ways", metavar="WAY,...", type=known_ways, default=USUAL)
     parser.add_argument("--rounds", type=int, help=f"{ROUNDS} ({GROWTH}: {GROWTH_ROUNDS})")
+    parser.add_argument("--apart", action="store_true", help="as on machines of their own")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="a folder: ./bench")
     parser.add_argument("--list", action="store_true", help="say which rows and ways there are")
@@ -95,6 +98,7 @@ def measure_models(names: list[str], rounds: int, options: argparse.Namespace) -
     for name in names:
         case = ZOO[name]
         ways = ways_of(case.is_gan, case.norms, options.ways)
+        ways = [replace(way, apart=options.apart) for way in ways]
         if ways:
             found += measure(case, ways, rounds, not options.no_memory, say)
     say("")

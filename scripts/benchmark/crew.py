@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from wraploop.processes import connecting
+
 from .server import CONTEXT
 
 TIMEOUT_S = 300.0
@@ -39,19 +41,20 @@ class Crew:
 
     Args:
         size: how many.
+        apart: whether they send each other all, and do not read each other's memory.
 
     Examples:
         with Crew(2) as crew:
             crew.ask(2, function, *args)
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, apart: bool = False) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            arguments = (theirs, rank, size, Path(self._folder.name) / "meeting")
+            arguments = (theirs, rank, size, Path(self._folder.name) / "meeting", apart)
             process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -103,7 +106,9 @@ def _received(pipe: Connection) -> Any:
     return answer
 
 
-def _serve(pipe: Connection, rank: int, size: int, meeting: Path) -> None:
+def _serve(pipe: Connection, rank: int, size: int, meeting: Path, apart: bool) -> None:
+    if apart:
+        connecting.own_arena = lambda: None
     if size > 1:
         dist.init_process_group(
             *("gloo", f"file://{meeting}"),

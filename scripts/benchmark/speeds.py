@@ -26,7 +26,7 @@ Run = Callable[[], object]
 
 def measured_speeds() -> dict[str, Speed]:
     """Latency and bandwidth of each kind, between 2 processes."""
-    with Crew(2) as crew:
+    with Crew(2, apart=True) as crew:
         return {kind: _fitted(kind, crew.ask(2, time_sizes, kind)[0]) for kind in KINDS}
 
 

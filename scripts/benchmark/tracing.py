@@ -34,7 +34,7 @@ Trace = Callable[[int], list[Collective]]
 
 def traced(case: Case, way: Way, ranks: Sequence[int]) -> dict[int, list[Collective]]:
     """The collectives of one step in a way's processes, as if they were so many ranks."""
-    with Crew(way.processes) as crew:
+    with Crew(way.processes, way.apart) as crew:
 
         @functools.cache
         def at(count: int) -> list[Collective]:

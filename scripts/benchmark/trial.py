@@ -50,7 +50,7 @@ def measure(case: Case, ways: Sequence[Way], rounds: int, memory: bool, say: Say
 
 def take_rounds(found: Sequence[Measured], processes: int, rounds: int, say: Say) -> None:
     """Adds so many rounds to what was measured, in that many processes."""
-    with Crew(processes) as crew:
+    with Crew(processes, any(measured.way.apart for measured in found)) as crew:
         for measured in found:
             say(f"{measured.case.name}: {measured.way.name} warms up")
             _warm_up(crew, measured)
@@ -84,6 +84,6 @@ def _take_turn(crew: Crew, measured: Measured, number: int) -> None:
 
 def peak_mib(case: Case, way: Way) -> float:
     """The most memory that rank 0 takes in training, over what it had before, in MiB."""
-    with Crew(way.processes) as crew:
+    with Crew(way.processes, way.apart) as crew:
         peaks = crew.ask(way.processes, turns.peak_bytes, case, way, WARM_UP_STEPS)
     return peaks[0] / machine.MIB

@@ -34,6 +34,7 @@ class Way:
         loop: what makes the steps: "torch", a loop by hand, or a learner with "GANTraining".
         norms: whether it is only of interest for models with batch norm.
         threads: that each process's operators may use.
+        apart: whether no process reads another's memory, as on machines of their own.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Way:
     loop: Literal["torch", "GANTraining"] = "torch"
     norms: bool = False
     threads: int = field(default=CORES)
+    apart: bool = False
 
 
 def in_threads(name: str, threads: int | Literal["auto"]) -> Way:
