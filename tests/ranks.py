@@ -11,8 +11,6 @@ import faulthandler
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -26,6 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests import forked
 from tests.promise import Wrap, differences, expected, snapshots
 from tests.steps import STEPS, Step, registry
 from wraploop import DistributedModel, ThreadedCPUParallel
@@ -100,23 +99,9 @@ def _told_apart(texts: list[str | None]) -> str:
 def _run(configuration: str, world_size: int, folder: Path, names: list[str]) -> str:
     """Runs the processes to their end, and returns what they wrote, if it was bad."""
     (folder / "names").write_text("\n".join(names))
-    root = Path(__file__).parents[1]
-    path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.ranks", configuration, str(folder)]
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            command, stderr=stderr, cwd=root, env=environment, start_new_session=True
-        )
-    try:
-        if process.wait(2 * HANG_S + 5 * len(names)) == 0:
-            return ""
-    except subprocess.TimeoutExpired:
-        pass
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    timeout_s = 2 * HANG_S + 5 * len(names)
+    if forked.call(launch, [(configuration, folder)], folder, timeout_s).returncode == 0:
+        return ""
     paths = [folder / "stderr", *(folder / f"stderr.{rank}" for rank in range(world_size))]
     said = ((path.name, path.read_text()[-3000:]) for path in paths if path.exists())
     return "\n".join(f"{name}: {text}" for name, text in said if text)
@@ -131,8 +116,8 @@ def _reports(folder: Path, name: str, world_size: int) -> list[str | None]:
 # In a process that makes the plain steps, and then becomes several
 
 
-def launch(configuration: str, folder: Path) -> int:
-    """Forks a process for each rank; returns 0 if all end well."""
+def launch(configuration: str, folder: Path) -> NoReturn:
+    """Forks a process for each rank; exits with 0 if all end well."""
     warnings.simplefilter("error")
     torch.set_num_threads(1)
     names = (folder / "names").read_text().split()
@@ -145,7 +130,7 @@ def launch(configuration: str, folder: Path) -> int:
         if child == 0:
             _become(rank, world_size, wrap, names, folder)
         children.append(child)
-    return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children)
+    sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0 for child in children))
 
 
 def _become(rank: int, world_size: int, wrap: Wrap, names: list[str], folder: Path) -> NoReturn:
@@ -221,7 +206,3 @@ def _has_raised(folder: Path, name: str, world_size: int) -> bool:
             time.sleep(pause_s)
             pause_s = min(0.05, 1.5 * pause_s)
     return raised
-
-
-if __name__ == "__main__":
-    sys.exit(launch(sys.argv[1], Path(sys.argv[2])))

@@ -147,7 +147,3 @@ def main(world_size: int, folder: Path) -> None:
             os._exit(0)
         children.append(child)
     sys.exit(max(os.waitpid(child, 0)[1] for child in children) != 0)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

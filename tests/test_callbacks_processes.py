@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanAbsoluteError, SumMetric
 
+from tests import forked
 from tests import test_callbacks_logs as logs
 from tests import test_callbacks_metrics as metrics
 from tests import test_callbacks_pictures as pictures
@@ -195,7 +196,8 @@ def in_process(rank: int, root: str) -> None:
 
 def test_callbacks_come_to_the_same_in_two_processes(tmp_path):
     resume.prepare(tmp_path / "resume")
-    mp.spawn(in_process, (str(tmp_path),), nprocs=2)  # pyright: ignore
+    forked.start_server()
+    mp.start_processes(in_process, (str(tmp_path),), nprocs=2, start_method="forkserver")  # pyright: ignore
     resume.check(tmp_path / "resume")
     together = tmp_path / "together"
     for folder in ("plain", "global", "local"):

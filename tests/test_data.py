@@ -1,29 +1,19 @@
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from tests import sharding
+from tests import forked, sharding
 from tests.sharding import Words
 from wraploop import shard
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def read(request, tmp_path_factory):
     """What each of so many processes has read."""
     folder = tmp_path_factory.mktemp("sharding")
-    command = [sys.executable, "-m", "tests.sharding", str(request.param), str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = forked.call(sharding.main, [(request.param, folder)], folder)
     assert done.returncode == 0, done.stderr
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 

@@ -1,24 +1,10 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-EXAMPLES = ROOT / "examples"
+from tests.forked import run
 
-
-def run(*arguments, processes=0):
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *(launcher if processes else []), *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize("config", ["threads", "data_parallel"])

@@ -1,12 +1,9 @@
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests import forked
 
 EXPECTED = {
     "another batch": ("PeerError Rank 1 has another batch",) * 2,
@@ -30,15 +27,7 @@ EXPECTED = {
 @pytest.fixture(scope="module")
 def got():
     """What each rank got, and in how many seconds, by fault."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "faults.py")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked.run(Path(__file__).with_name("faults.py"), processes=2)
     assert "ValueError: which ends the script" in done.stderr, done.stderr
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for line in done.stdout.splitlines():

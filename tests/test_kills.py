@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import forked
 from tests.loop import assert_same
 from wraploop.checkpoint import newest, read
 
@@ -68,10 +69,12 @@ def happened(folder):
     return sum(1 for _ in folder.glob("fault_*"))
 
 
-def end_through(folder, **options):
+def end_through(folder, size=2, local=False):
     """What an undisturbed run comes to."""
-    status, _, err = run(folder, **options)
-    assert status == 0, err
+    folder.mkdir()
+    (folder / "faults.json").write_text("[]")
+    done = forked.run(ROOT / "tests" / "faulty.py", folder, *["local"] * local, processes=size)
+    assert done.returncode == 0, done.stderr
     return end_of(folder)
 
 
