@@ -72,7 +72,7 @@ def everything(folder: Path):
         LogMetrics(CSVLogger(folder / "log.csv"), JSONLinesLogger(folder / "log.jsonl")),
         LogHyperparameters(CSVLogger(folder / "hyperparameters.csv")),
         LogHistograms(JSONLinesLogger(folder / "histograms.jsonl"), every_steps=3),
-        PlotMetrics(folder / "plot.png"),
+        PlotMetrics(folder / "plot.png", every_epochs=100),  # at the end: a drawing takes 0.5 s
         SanityCheck(),
         StopOnNaNLoss(),
         Timings(),
