@@ -37,10 +37,15 @@ def results(started):
     """The numbers that each process has printed, by rank, and what stands in stderr."""
     out, err = started.communicate(timeout=120)
     assert started.returncode == 0, err
-    found = [json.loads(line) for line in out.splitlines() if line.startswith("[")]
-    assert sorted(rank for rank, _, _ in found) == list(range(len(found)))
-    assert all(world_size == len(found) for _, world_size, _ in found)
+    found = printed(out)
+    assert sorted(rank for rank, _, _ in found) == list(range(len(found))), out
+    assert all(world_size == len(found) for _, world_size, _ in found), out
     return [numbers for _, _, numbers in sorted(found)], err
+
+
+def printed(out):
+    """What processes have printed, if in the midst of a line of another's too."""
+    return [json.loads(text) for text in re.findall(r"\[\d+, \d+, \[.*?\]\]", out)]
 
 
 def assert_gives_the_same(started, alone):
@@ -85,7 +90,7 @@ def test_two_nodes_meet_at_an_address():
     for node in nodes:
         out, err = node.communicate(timeout=120)
         assert (node.returncode, err) == (0, "")
-        found += [json.loads(line) for line in out.splitlines() if line.startswith("[")]
+        found += printed(out)
     assert sorted((rank, world_size) for rank, world_size, _ in found) == [(0, 3), (1, 3), (2, 3)]
     for _, _, numbers in found:
         torch.testing.assert_close(numbers, alone, rtol=1e-10, atol=1e-12)
