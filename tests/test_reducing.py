@@ -1,28 +1,17 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from torch import nn
 
+from tests import forked
 from wraploop import DistributedModel
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def got(tmp_path_factory):
     """By step and option: how far off, how often gradients were sent, how often by default."""
     folder = tmp_path_factory.mktemp("reducing")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests" / "reducing.py"), str(folder)],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = forked.run(Path(__file__).with_name("reducing.py"), folder, processes=2)
     assert done.returncode == 0, done.stderr
     assert (folder / "0").read_text() == (folder / "1").read_text()
     lines = [line.split("|") for line in (folder / "0").read_text().splitlines()]
