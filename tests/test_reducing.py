@@ -1,10 +1,14 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from tests import forked
 from wraploop import DistributedModel
+from wraploop.wrappers.at_step import AtStep
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +42,24 @@ def test_rounded_gradients_are_near_and_the_same_on_all_ranks(got):
     for name, (off, _, _, alike) in found.items():
         assert 1e-12 < off < 2e-2, name
         assert alike == "True", name
+
+
+def test_a_model_that_goes_while_an_optimizer_steps_leaves_its_hooks_alone():
+    alone = SimpleNamespace(world_size=1, rank=0)
+    made: list[AtStep] = [AtStep(alone, "first", None), AtStep(alone, "second", None)]  # pyright: ignore
+    weight = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    calls = []
+    handles = [
+        register_optimizer_step_pre_hook(lambda *_: made.clear()),
+        register_optimizer_step_pre_hook(lambda *_: calls.append("last")),
+    ]
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    for handle in handles:
+        handle.remove()
+    assert calls == ["last"]
+    assert weight.item() == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("dtype", ["int32", "bf17"])

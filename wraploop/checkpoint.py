@@ -256,6 +256,9 @@ def _fits(value: Any) -> bool:
     return value.dtype not in (torch.complex128, torch.complex32)
 
 
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
+
+
 def _copied(value: Any, where: str) -> Any:
     if isinstance(value, Tensor):
         own = value.detach().to("cpu", copy=True)
@@ -266,6 +269,8 @@ def _copied(value: Any, where: str) -> Any:
             for key, each in value.items()
         }
     if isinstance(value, (list, tuple)):
+        if _PLAIN.issuperset(map(type, value)):  # a random state's hundreds of numbers
+            return tuple(value) if isinstance(value, tuple) else list(value)
         copies = [_copied(each, f"{where}[{index}]") for index, each in enumerate(value)]
         return tuple(copies) if isinstance(value, tuple) else copies
     if isinstance(value, np.generic):

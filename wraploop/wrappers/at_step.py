@@ -7,6 +7,8 @@ not brought together, stays what it was.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import weakref
 from typing import Any, Literal
 
@@ -37,15 +39,8 @@ class AtStep:
     def __init__(self, channel: Channel, name: str, reduce_dtype: torch.dtype | None) -> None:
         self.left: dict[int, Tensor] = {}
         self._rank = Rank(channel, [0] * channel.world_size, name, reduce_dtype=reduce_dtype)
-        ref = weakref.ref(self)  # the hook stays for as long as this does
-
-        def before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-            found = ref()
-            if found is not None:
-                found.bring_together(optimizer)
-
-        handle = register_optimizer_step_pre_hook(before_step)
-        weakref.finalize(self, handle.remove)
+        _register_once()
+        _made[next(_numbers)] = self
 
     def bring_together(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums the gradients of those of its parameters that backwards have left apart."""
@@ -55,6 +50,21 @@ class AtStep:
             del self.left[id(leaf)]
         if leaves:
             sum_left(self._rank, leaves)
+
+
+_made: weakref.WeakValueDictionary[int, AtStep] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+
+@functools.cache
+def _register_once() -> None:
+    """Has each be told of each step. No hook is ever removed: torch may be going through them."""
+    register_optimizer_step_pre_hook(_before_step)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for each in list(_made.values()):  # in the order they were made in, on every rank
+        each.bring_together(optimizer)
 
 
 def sum_left(rank: Rank, leaves: list[Tensor]) -> None:
