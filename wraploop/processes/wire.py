@@ -47,7 +47,6 @@ _PIECE_IN_PLACE = 1 << 20
 _PLACE = struct.Struct("<qQ")  # where a tensor lies in an arena, and how many bytes
 _MOST_VIEWS = 8  # given to the system at once
 _MOST_TEXT = 1024
-_LOOK_S = 1e-4  # before it sleeps: to be woken takes as long
 _LOOK_AGAIN_S = 3600.0  # a wait that the system takes
 
 Bytes = bytes | bytearray | memoryview
@@ -339,7 +338,6 @@ class Wire:
     ) -> Bytes:
         """Sends what is there to be sent, and receives a message at the same time."""
         sent, received = False, None
-        asleep_s = time.perf_counter() + _LOOK_S
         while True:
             self._is_moving = True
             sent = sent or outgoing.push()
@@ -348,10 +346,7 @@ class Wire:
             self._is_moving = False
             if sent and received is not None:
                 return received
-            if sent and time.perf_counter() < asleep_s:
-                os.sched_yield()
-            else:
-                _wait(outgoing, incoming, not sent, received is None, until_s)
+            _wait(outgoing, incoming, not sent, received is None, until_s)
 
     @contextmanager
     def _collective(self, timeout_s: float) -> Iterator[float]:
