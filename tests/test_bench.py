@@ -52,6 +52,14 @@ def test_a_ratio_is_the_median_of_those_within_the_rounds(out, column, reference
         assert float(row[f"{column}_q1"]) <= ratio * 1.001 <= float(row[f"{column}_q3"]) * 1.002
 
 
+def test_the_short_table_has_the_same_ratios(out):
+    lines = [line.strip("| ").split(" | ") for line in (out / "steps.md").read_text().splitlines()]
+    columns = {name: [line[i] for line in lines[2:]] for i, name in enumerate(lines[0][:7])}
+    (local,) = (row for row in rows_of(out / "steps.csv") if row["way"] == "local")
+    assert columns["model"] == ["small-mlp", "geometric mean"]
+    assert columns["`local` over DDP"] == [f"{float(local['over_ddp']):.2f}"] * 2
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's counters are Linux's")
 def test_processes_send_at_least_the_gradients_and_take_memory(out):
     gradients = 4 * (32 * 64 + 64 + 64 * 10 + 10)

@@ -21,6 +21,13 @@ HEADER = (
     *("way", "processes x threads", "ms/step", "quartiles", "/ plain", "quartiles"),
     *(f"/ {BEST_DDP}", "quartiles", "peak MiB", "sent MiB/step", "auto chose"),
 )
+SHORT = {  # by the heading of a column: a ratio
+    "`threads` over plain": ("threads", "plain"),
+    "over DDP": ("threads", BEST_DDP),
+    "`local` over DDP": ("local", BEST_DDP),
+    "batch norms apart": ("local-own-bn", BEST_DDP),
+    "`global` over DDP": ("global", BEST_DDP),
+}
 COLUMNS = (
     *("model", "way", "processes", "threads", "rounds", "steps_per_round"),
     *("step_ms_q1", "step_ms", "step_ms_q3"),
@@ -55,7 +62,10 @@ def _known(number: float) -> float | None:
 
 
 def write(results: Results, folder: Path) -> None:
-    """Writes `steps.csv`, a row for each way of a model, and `rounds.csv`, one for each turn."""
+    """Writes `steps.csv`, a row for each way of a model; `rounds.csv`, one for each turn; and
+    `steps.md`, the `short` table.
+    """
+    (folder / "steps.md").write_text(short(results) + "\n")
     with (folder / "steps.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -75,6 +85,31 @@ def text(results: Results) -> str:
         cells = [_cells(results, m) for m in results.of(case)]
         parts.append(f"{case.name}: {case.about}, {case.rows} rows\n{aligned([HEADER, *cells])}")
     return "\n\n".join([*parts, _means(results)])
+
+
+def short(results: Results) -> str:
+    """A table in Markdown: what matters most, a row for each model."""
+    lines = [["model", "plain, ms", "DDP, ms", *SHORT, "DDP, MiB", "`local`, MiB"]]
+    lines += [["---"] * len(lines[0])]
+    for case in results.cases:
+        plain, ddp, local = (results.get(case, way) for way in ("plain", BEST_DDP, "local"))
+        threads = results.get(case, "threads")
+        ratios = [results.ratio(case, *ways) for ways in SHORT.values()]
+        cells = [_number(ratio.middle) if ratio else "" for ratio in ratios]
+        if threads and threads.lanes:
+            cells[0] += f" ({threads.lanes})"
+        times = [_number(1e3 * m.step_s) if m else "" for m in (plain, ddp)]
+        lines.append([case.name, *times, *cells, *_peaks(ddp, local)])
+    means = []
+    for ways in SHORT.values():
+        ratios = [ratio for case in results.cases if (ratio := results.ratio(case, *ways))]
+        means.append(_number(geometric_mean(ratios).value) if ratios else "")
+    lines.append(["geometric mean", "", "", *means, "", ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _peaks(*ways: Measured | None) -> list[str]:
+    return [_number(m.peak_mib) if m else "" for m in ways]
 
 
 def _cells(results: Results, m: Measured) -> list[str]:
