@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
@@ -182,8 +183,7 @@ def what_others_may_still_read_is_kept_when_a_sum_is_given_up(wire):
     where = flat.data_ptr()
     del flat
     assert where in wire.arena._blocks
-    assert_goes_on(wire)
-    wire._given_up.clear()
+    assert_goes_on(wire)  # so they read it no more
     assert where not in wire.arena._blocks
 
 
@@ -215,6 +215,7 @@ def memory_goes_back_to_the_system_and_not_from_a_forked_child(wire):
     if child == 0:
         code = 1
         with suppress(BaseException):
+            flat.zero_()
             del flat
             gc.collect()
             mine = arena.own_arena()
@@ -228,6 +229,18 @@ def memory_goes_back_to_the_system_and_not_from_a_forked_child(wire):
     assert _held(wire) >= before + LARGE
     del flat
     assert _held(wire) <= before
+
+
+def memory_takes_no_file_and_does_not_go_with_what_was_there_before(wire):
+    files = len(os.listdir("/proc/self/fd"))
+    before = [wire.arena.block(4004) for _ in range(9)]
+    assert len(os.listdir("/proc/self/fd")) == files
+    found = []
+    going = [weakref.ref(b, lambda _: found.append(near(wire, torch.ones(1001)))) for b in before]
+    before.clear()
+    assert len(found) == len(going)
+    assert all(wire.arena.place_of(flat) is not None and flat.eq(1).all() for flat in found)
+    assert_sums(wire, 1001, place=lambda _, x: found[0].copy_(x))
 
 
 def processes_that_cannot_read_each_others_arenas_send(wire):
@@ -566,6 +579,7 @@ CLAIMS = [
     what_others_may_still_read_is_kept_when_a_sum_is_given_up,
     an_interrupt_of_a_sum_in_arenas_is_an_error_and_never_wrong_numbers,
     memory_goes_back_to_the_system_and_not_from_a_forked_child,
+    memory_takes_no_file_and_does_not_go_with_what_was_there_before,
     processes_that_cannot_read_each_others_arenas_send,
     who_comes_late_takes_nothing_that_was_meant_for_another_operation,
     what_was_sent_half_belongs_to_nobody_after_it_is_given_up,

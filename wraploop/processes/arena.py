@@ -8,6 +8,8 @@ it open, however that ends.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import mmap
 import os
 import secrets
@@ -20,10 +22,16 @@ import torch
 from torch import Tensor
 
 _TOKEN = 16  # bytes at the beginning of the file, by which it is known
+_MAP_FIXED = 0x10  # of Linux
+_FAILED = ctypes.c_void_p(-1).value
 
 
 class Arena:
     """This process's file.
+
+    Its blocks are mapped by the system's own call: what `mmap.mmap` makes keeps a file's number for
+    each, of which there are few, and gives up an address before anybody hears of it. A forked
+    process may read in them what its parent writes; what it writes itself, it keeps to itself.
 
     Raises:
         OSError: the system does not give it one.
@@ -43,7 +51,7 @@ class Arena:
         """What others need in order to find it, see `Neighbour`."""
         return {"process": self._process, "file": self._file, "token": self._token.hex()}
 
-    def block(self, size: int) -> mmap.mmap:
+    def block(self, size: int) -> ctypes.Array[ctypes.c_char]:
         """New memory of at least `size` bytes, which ends with the last reference to it.
 
         Raises:
@@ -53,9 +61,9 @@ class Arena:
         with self._growing:
             place, self._end = self._end, self._end + whole
             os.ftruncate(self._file, self._end)
-        block = mmap.mmap(self._file, whole, offset=place)
-        address = torch.frombuffer(block, dtype=torch.uint8).data_ptr()
+        address = self._map(None, place, whole, mmap.MAP_SHARED)
         self._blocks[address] = place, whole
+        block = (ctypes.c_char * whole).from_address(address)
         weakref.finalize(block, self._free, address).atexit = False
         return block
 
@@ -67,12 +75,38 @@ class Arena:
                 return place + begin - address
         return None
 
+    def keep_apart(self) -> None:
+        """In a forked process: has what it writes to the blocks not reach its parent."""
+        for address, (place, size) in self._blocks.items():
+            with suppress(OSError):
+                self._map(address, place, size, mmap.MAP_PRIVATE | _MAP_FIXED)
+
+    def _map(self, at: int | None, place: int, size: int, flags: int) -> int:
+        """The address where that part of the file now is."""
+        access = mmap.PROT_READ | mmap.PROT_WRITE
+        address = _system().mmap(at, size, access, flags, self._file, place)
+        if address == _FAILED:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        return address
+
     def _free(self, address: int) -> None:
         """Gives a block's memory back to the system, unless it is a forked process's parent's."""
-        place, size = self._blocks.pop(address)
+        _, size = self._blocks.pop(address)
         if os.getpid() == self._process:
-            with suppress(OSError), mmap.mmap(self._file, size, offset=place) as block:
-                block.madvise(mmap.MADV_REMOVE)
+            _system().madvise(address, size, mmap.MADV_REMOVE)
+        _system().munmap(address, size)
+
+
+@functools.cache
+def _system() -> ctypes.CDLL:
+    """The system's calls."""
+    found = ctypes.CDLL(None, use_errno=True)
+    address, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    found.mmap.argtypes = address, size, number, number, number, ctypes.c_long
+    found.mmap.restype = address
+    found.madvise.argtypes = address, size, number
+    found.munmap.argtypes = address, size
+    return found
 
 
 class Neighbour:
@@ -114,6 +148,8 @@ def own_arena() -> Arena | None:
 def _forget() -> None:
     """A forked process begins one of its own."""
     global _own
+    if _own:
+        _own.keep_apart()
     _own = None
 
 

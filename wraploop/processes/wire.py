@@ -257,6 +257,7 @@ class Wire:
             outgoing.put(kind, self._number, [lengths, *passed])
             received = self._pass(outgoing, incoming, kind, None, until_s)
             have += _cut(received, len(passed))
+        self._given_up.clear()  # all have come to this one, so none reads for another
         start = self.world_size - self.rank
         return [memoryview(message) for message in have[start:] + have[:start]]
 
