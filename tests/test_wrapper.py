@@ -274,3 +274,16 @@ def test_statistics_that_a_batch_norm_takes_outside_are_seen_by_the_next_forward
     plain.running_mean.data.add_(1.0)
     wrapped.module.running_mean.data.add_(1.0)
     torch.testing.assert_close(wrapped(x), plain(x), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_batch_norm_of_half_precision_is_the_plain_one_but_for_rounding(dtype):
+    plain: Any = nn.BatchNorm1d(3).to(dtype)
+    inner: Any = copy.deepcopy(plain)
+    wrapped = ThreadedCPUParallel(inner, threads=2)
+    inputs = torch.randn(6, 3).to(dtype)
+    for module in (plain, wrapped):
+        module(inputs).float().pow(3).mean().backward()
+    for mine, theirs in zip(inner.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(inner.running_var, plain.running_var, rtol=0.02, atol=0.02)

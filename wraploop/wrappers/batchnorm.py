@@ -79,7 +79,8 @@ class GlobalBatchNorm(_BatchNorm):
         self.__dict__[_LAST_SHARD] = shard
         self._check_input_dim(input)
         half = input.dtype in (torch.float16, torch.bfloat16)
-        x = input.float() if half else input
+        given = input, self.weight, self.bias
+        x, weight, bias = (t.float() if half and t is not None else t for t in given)
         mean, variance, count = _statistics(x.detach(), shard)
         if count <= 1:
             raise ValueError(
@@ -88,7 +89,6 @@ class GlobalBatchNorm(_BatchNorm):
             )
         if self.training and self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
-        weight, bias = self.weight, self.bias
         if is_transformed():
             out = _normalised(x, weight, bias, shard, self.eps)
         else:
