@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from wraploop.processes.wire import Bytes, Wire
+from wraploop.processes.links import Bytes
+from wraploop.processes.wire import Wire
 from wraploop.wrappers import rank
 
 from . import turns

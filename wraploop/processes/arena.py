@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NAME = "wraploop"
 _TOKEN = 16  # bytes at the beginning of the file, by which it is known
 _MAP_FIXED = 0x10  # of Linux
 _FAILED = ctypes.c_void_p(-1).value
@@ -40,7 +41,7 @@ class Arena:
     def __init__(self) -> None:
         self._token = secrets.token_bytes(_TOKEN)
         self._process = os.getpid()
-        self._file = os.memfd_create("wraploop")
+        self._file = os.memfd_create(_NAME)
         os.pwrite(self._file, self._token, 0)
         self._end = mmap.ALLOCATIONGRANULARITY
         self._blocks: dict[int, tuple[int, int]] = {}  # by address: place in the file, and size
@@ -120,7 +121,10 @@ class Neighbour:
     """
 
     def __init__(self, name: dict[str, Any]) -> None:
-        self._file = os.open(f"/proc/{name['process']}/fd/{name['file']}", os.O_RDWR)
+        path = f"/proc/{name['process']}/fd/{name['file']}"
+        if not os.readlink(path).startswith(f"/memfd:{_NAME}"):
+            raise OSError("another process has that number here, and it is no arena")
+        self._file = os.open(path, os.O_RDWR)
         weakref.finalize(self, os.close, self._file)
         if os.pread(self._file, _TOKEN, 0).hex() != name["token"]:
             raise OSError("another process has that number here")

@@ -24,9 +24,10 @@ from torch import Tensor
 
 from .collectives import Collectives
 from .connecting import connect
+from .links import GivenUpError
 from .packing import view_of
 from .watch import watch
-from .wire import GivenUpError, Wire
+from .wire import Wire
 
 _HEAD = struct.Struct("<BII")  # failed? length of the text, number of facts
 _MOST_TEXT = 1024

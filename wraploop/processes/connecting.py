@@ -20,7 +20,8 @@ from typing import Any
 
 from .arena import Neighbour, own_arena
 from .collectives import Collectives
-from .wire import Incoming, Outgoing, Wire
+from .links import Incoming, Outgoing
+from .wire import Wire
 
 _SECRET = 16  # bytes
 _HELLO = struct.Struct("<16sII")  # a secret, the caller's rank, the distance between the ranks

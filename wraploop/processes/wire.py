@@ -23,178 +23,26 @@ from __future__ import annotations
 
 import os
 import select
-import socket
 import struct
 import threading
 import time
 import weakref
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
 
 import torch
 from torch import Tensor
 
 from .arena import Arena, Neighbour
+from .links import GATHER, GIVEN_UP, SUM, Bytes, Incoming, Outgoing
 from .packing import view_of
 
-_HEAD = struct.Struct("<BQQ")  # the kind and the number of the collective, the message's length
-_GATHER, _SUM, _GIVEN_UP = range(3)
 _LENGTH = struct.Struct("<Q")
 _PIECE = 1 << 22  # bytes of a sum that go around at once: a cache's worth
 _PIECE_IN_PLACE = 1 << 20
 _PLACE = struct.Struct("<qQ")  # where a tensor lies in an arena, and how many bytes
-_MOST_VIEWS = 8  # given to the system at once
 _MOST_TEXT = 1024
 _LOOK_AGAIN_S = 3600.0  # a wait that the system takes
-
-Bytes = bytes | bytearray | memoryview
-
-
-class GivenUpError(ConnectionError):
-    """Another rank has given up what this one waits for, and says why."""
-
-
-class Outgoing:
-    """A socket that this rank sends on.
-
-    To a rank that has ended nothing is sent: those notice it that wait for it.
-
-    Args:
-        connection: to the rank that receives.
-        rank: that rank.
-    """
-
-    def __init__(self, connection: socket.socket, rank: int) -> None:
-        connection.setblocking(False)
-        self.connection = connection
-        self.rank = rank
-        self._left: deque[memoryview] = deque()
-
-    def put(self, kind: int, number: int, parts: Sequence[Bytes]) -> None:
-        """Begins to send a message."""
-        views = [memoryview(part) for part in parts if len(part)]
-        head = _HEAD.pack(kind, number, sum(map(len, views)))
-        self._left.extend([memoryview(head), *views])
-
-    def push(self) -> bool:
-        """Sends what can be sent at once; whether nothing is left."""
-        try:
-            while self._left:
-                self._drop(self.connection.sendmsg([*islice(self._left, _MOST_VIEWS)]))
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            if error.errno is None:  # from the handler of a signal
-                raise
-            self.connection.close()
-            self._left.clear()
-        return True
-
-    def keep(self) -> None:
-        """Has what is left no longer belong to the caller."""
-        self._left = deque(memoryview(bytes(view)) for view in self._left)
-
-    def _drop(self, sent: int) -> None:
-        while sent and sent >= len(self._left[0]):
-            sent -= len(self._left.popleft())
-        if sent:
-            self._left[0] = self._left[0][sent:]
-
-
-class Incoming:
-    """A socket that this rank receives on.
-
-    Args:
-        connection: to the rank that sends.
-        rank: that rank.
-    """
-
-    def __init__(self, connection: socket.socket, rank: int) -> None:
-        connection.setblocking(False)
-        self.connection = connection
-        self.rank = rank
-        self._head = memoryview(bytearray(_HEAD.size))
-        self._begin()
-
-    def _begin(self) -> None:
-        self._kind = self._number = -1  # of the message that is coming
-        self._into = self._head
-        self._own: bytearray | None = None  # what it comes into, unless that is the caller's
-        self._had = 0
-
-    def pull(self, kind: int, number: int, target: memoryview | None) -> Bytes | None:
-        """The next message for the collective `number`, in `target` if there is one.
-
-        Returns:
-            The message; None if it has not all come yet.
-
-        Raises:
-            ConnectionError: there will be none.
-        """
-        try:
-            while True:
-                if self._number < 0 and self._fill():
-                    self._make_room(kind, number, target)
-                if self._number > number:
-                    raise GivenUpError(f"rank {self.rank} has given this up")
-                if self._number >= 0 and self._fill():
-                    came, message, is_of = self._kind, self._own, self._number
-                    self._begin()
-                    if is_of == number:
-                        return self._taken(came, message, kind, target)
-        except BlockingIOError:
-            return None
-
-    def keep(self) -> None:
-        """Has what is still to come no longer go to the caller."""
-        if self._number >= 0 and self._own is None:
-            self._own = bytearray(len(self._into))
-            self._into = memoryview(self._own)
-
-    def _make_room(self, kind: int, number: int, target: memoryview | None) -> None:
-        """Looks at the head, and makes room for the rest."""
-        *said, length = _HEAD.unpack(self._head)
-        if said == [kind, number] and target is not None and len(target) == length:
-            self._into = target
-        else:
-            self._own = bytearray(length)
-            self._into = memoryview(self._own)
-        self._kind, self._number = said
-        self._had = 0
-
-    def _taken(
-        self, came: int, message: bytearray | None, kind: int, target: memoryview | None
-    ) -> Bytes:
-        """A message for the awaited collective, in `target` if there is one."""
-        if came == _GIVEN_UP:
-            why = (message or b"").decode(errors="replace")
-            raise GivenUpError(f"rank {self.rank} has given this up: {why}")
-        if came != kind:
-            raise ConnectionError(f"rank {self.rank} does something else")
-        if message is None or target is None:
-            return target if message is None else message  # pyright: ignore[reportReturnType]
-        if len(message) != len(target):
-            raise ConnectionError(f"rank {self.rank} sends another number of bytes")
-        target[:] = message
-        return target
-
-    def _fill(self) -> bool:
-        """Receives once; whether all there is to come has come."""
-        if self._had < len(self._into):
-            try:
-                received = self.connection.recv_into(self._into[self._had :])
-            except BlockingIOError:
-                raise
-            except OSError as error:
-                if error.errno is None:  # from the handler of a signal
-                    raise
-                raise ConnectionError(f"rank {self.rank} has ended: {error}") from error
-            if not received:
-                raise ConnectionError(f"rank {self.rank} has ended")
-            self._had += received
-        return self._had == len(self._into)
 
 
 class Wire:
@@ -247,7 +95,7 @@ class Wire:
             ConnectionError: one of them has ended, has given this up or does something else.
         """
         with self._collective(timeout_s) as until_s:
-            return self._gather(_GATHER, parts, until_s)
+            return self._gather(GATHER, parts, until_s)
 
     def _gather(self, kind: int, parts: Sequence[Bytes], until_s: float) -> list[memoryview]:
         have: list[Bytes] = [bytearray().join(parts)]
@@ -286,7 +134,7 @@ class Wire:
         """Where in its arena each rank's `flat` begins; None if one does not lie in its."""
         place = self.arena.place_of(flat) if self.arena else None
         own = _PLACE.pack(-1 if place is None else place, flat.nbytes)
-        said = [_PLACE.unpack(each) for each in self._gather(_SUM, [own], until_s)]
+        said = [_PLACE.unpack(each) for each in self._gather(SUM, [own], until_s)]
         for rank, (_, size) in enumerate(said):
             if size != flat.nbytes:
                 raise ConnectionError(f"rank {rank} sums another number of bytes")
@@ -304,11 +152,11 @@ class Wire:
             for piece in _pieces(runs[self.rank]):
                 for rank in self.neighbours:
                     piece += theirs(piece, rank)
-            self._gather(_SUM, [], until_s)
+            self._gather(SUM, [], until_s)
             for rank in self.neighbours:
                 for piece in _pieces(runs[rank]):
                     piece.copy_(theirs(piece, rank))
-            self._gather(_SUM, [], until_s)  # from here on each may write to its own
+            self._gather(SUM, [], until_s)  # from here on each may write to its own
         except BaseException:
             self._given_up.append(flat)
             raise
@@ -326,8 +174,8 @@ class Wire:
 
     def _ring(self, own: Tensor, into: Tensor, until_s: float) -> None:
         target = view_of(into.view(torch.uint8))
-        self._outgoing[0].put(_SUM, self._number, [view_of(own.view(torch.uint8))])
-        self._pass(self._outgoing[0], self._incoming[0], _SUM, target, until_s)
+        self._outgoing[0].put(SUM, self._number, [view_of(own.view(torch.uint8))])
+        self._pass(self._outgoing[0], self._incoming[0], SUM, target, until_s)
 
     def _pass(
         self,
@@ -379,7 +227,7 @@ class Wire:
             incoming.keep()
         for outgoing in self._outgoing:
             outgoing.keep()
-            outgoing.put(_GIVEN_UP, self._number, [text])
+            outgoing.put(GIVEN_UP, self._number, [text])
             outgoing.push()
 
 
