@@ -53,7 +53,7 @@ def test_a_ratio_is_the_median_of_those_within_the_rounds(out, column, reference
 
 
 def test_the_short_table_has_the_same_ratios(out):
-    lines = [line.strip("| ").split(" | ") for line in (out / "steps.md").read_text().splitlines()]
+    lines = [line[2:-2].split(" | ") for line in (out / "steps.md").read_text().splitlines()]
     columns = {name: [line[i] for line in lines[2:]] for i, name in enumerate(lines[0][:7])}
     (local,) = (row for row in rows_of(out / "steps.csv") if row["way"] == "local")
     assert columns["model"] == ["small-mlp", "geometric mean"]
