@@ -165,6 +165,22 @@ def test_auto_settles_on_a_number_of_threads_and_computes_the_same_meanwhile():
     assert tuner.chosen in (1, torch.get_num_threads())
 
 
+def test_auto_computes_the_same_where_one_backward_follows_two_forwards():
+    torch.manual_seed(0)
+    layers = [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)]
+    plain = nn.Sequential(*layers).double()
+    model = ThreadedCPUParallel(copy.deepcopy(plain))
+    for _ in range(20):
+        a, b = torch.randn(2, 6, 3, dtype=torch.float64)
+        for each in (plain, model):
+            each.zero_grad()
+            (each(a).square().mean() + each(b).mean()).backward()
+        torch.testing.assert_close([*model.buffers()], [*plain.buffers()])
+        pairs = zip(model.parameters(), plain.parameters(), strict=True)
+        for mine, expected in pairs:
+            torch.testing.assert_close(mine.grad, expected.grad)
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, "many"])
 def test_a_number_of_threads_that_cannot_be_is_refused(threads):
     with pytest.raises(ValueError, match="positive integer"):

@@ -74,7 +74,7 @@ class GlobalBatchNorm(_BatchNorm):
         """
         of_this_batch = self.training or self.running_mean is None
         shard = current() or self.__dict__.get(_LAST_SHARD)  # checkpointing repeats it in backward
-        if shard is None or shard.is_whole or not of_this_batch:
+        if shard is None or not of_this_batch:
             return super().forward(input)
         self.__dict__[_LAST_SHARD] = shard
         self._check_input_dim(input)
@@ -89,7 +89,9 @@ class GlobalBatchNorm(_BatchNorm):
             )
         if self.training and self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
-        if is_transformed():
+        if shard.is_whole:  # without torch's own tracking: a replica's buffers are written to anew
+            out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
+        elif is_transformed():
             out = _normalised(x, weight, bias, shard, self.eps)
         else:
             out = _Normalise.apply(x, weight, bias, shard, self.eps, mean, variance, count)
