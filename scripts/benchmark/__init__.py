@@ -24,6 +24,7 @@ scaling            the model of a step, and what it assumes
 calibration        what it takes, measured here, and how far off it is here
 tracing            what processes say to each other in a step
 collectives        how many messages and bytes that is, and how long they take
+muting             ways that send nothing, so that the rest is measured
 speeds             how fast each kind of collective is here
 links              what connects ranks
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,7 @@ from .collectives import Collective, Speed
 from .crew import Crew, Member
 from .links import LOOPBACK
 from .measured import Measured
+from .muting import muted
 from .scaling import RANKS, Compute, Scaling
 from .speeds import line
 from .tracing import traced
@@ -20,7 +22,8 @@ from .trial import Say, take_rounds
 from .ways import CORES, Way, ddp, distributed, plain
 from .zoo import CLASSES, Case
 
-TRACED = 2  # processes in which a step is traced
+TRACED = 2  # processes in which a step is traced, and measured
+CROWD = 4  # processes in which it is checked too, though there may be fewer cores
 FACTORS = (0.5, 1.0, 2.0)  # of the case's rows, to fit compute to
 _LOSS_ROWS = (2**10, 2**15)
 
@@ -48,16 +51,24 @@ def calibrated(
     What is checked is measured in the same rounds as the compute that predicts it, since the
     machine's speed changes from minute to minute.
     """
-    model = Scaling(Compute(0, 0), *_loss_and_inputs(case), _sent(case, say), speeds)
-    checks: list[Check] = []
-    models: list[Scaling] = []
-    for processes, ways in CHECKED.items():
-        alone = [Measured(replace(case, rows=round(case.rows * f)), ALONE) for f in FACTORS]
-        measured = [Measured(case, way) for way in ways]
-        take_rounds([*alone, *measured], processes, rounds, say)
-        models.append(replace(model, compute=_compute(alone)))
-        checks += [_check(models[-1], m) for m in measured]
-    return models[0], checks
+    model = Scaling(Compute(0, 0), {}, *_loss_and_inputs(case), _sent(case, say), speeds)
+    ways = predicted_ways(TRACED)
+    alone, mute = _alone(case, TRACED), [Measured(case, muted(way)) for way in ways]
+    measured = [Measured(case, way) for way in (ONE, *ways)]
+    take_rounds([*alone, *mute, *measured], TRACED, rounds, say)
+    overhead_s = {m.way.name: _overhead_s(alone, m) for m in mute}
+    model = replace(model, compute=_compute(alone), overhead_s=overhead_s)
+
+    crowd = _alone(case, CROWD)
+    crowded = [Measured(case, way) for way in predicted_ways(CROWD)]
+    take_rounds([*crowd, *crowded], CROWD, rounds, say)
+    in_crowd = replace(model, compute=_compute(crowd))
+    return model, [_check(model, m) for m in measured] + [_check(in_crowd, m) for m in crowded]
+
+
+def _alone(case: Case, processes: int) -> list[Measured]:
+    way = replace(ALONE, processes=processes)
+    return [Measured(replace(case, rows=round(case.rows * f)), way) for f in FACTORS]
 
 
 def _compute(alone: Sequence[Measured]) -> Compute:
@@ -65,13 +76,19 @@ def _compute(alone: Sequence[Measured]) -> Compute:
     return Compute(*line(rows, [m.step_s for m in alone]))
 
 
+def _overhead_s(alone: Sequence[Measured], mute: Measured) -> float:
+    """What a mute step takes over a plain one of as many rows, in the same round."""
+    plainly = alone[FACTORS.index(1.0)]
+    return statistics.median(b - a for a, b in zip(plainly.seconds, mute.seconds, strict=True))
+
+
 def _check(model: Scaling, measured: Measured) -> Check:
-    ranks = measured.way.processes
-    name = measured.way.name
-    way = name if name in model.sent else next(iter(model.sent))  # one rank sends nothing
-    busy = max(1.0, ranks / CORES)
-    predicted_s = busy * model.step_s(way, ranks, measured.case.rows / ranks, LOOPBACK)
-    return Check(ranks, name, measured.step_s, predicted_s)
+    ranks, way = measured.way.processes, measured.way.name
+    rows = measured.case.rows / ranks
+    predicted_s = model.compute.step_s(rows)
+    if ranks > 1:
+        predicted_s += max(1.0, ranks / CORES) * model.added_s(way, ranks, rows, LOOPBACK)
+    return Check(ranks, way, measured.step_s, predicted_s)
 
 
 def _sent(case: Case, say: Say) -> dict[str, dict[int, list[Collective]]]:
@@ -89,9 +106,8 @@ def predicted_ways(processes: int) -> list[Way]:
     return [replace(way, apart=True) for way in (ddp("ddp-view", processes, view=True), *wrapped)]
 
 
-ALONE = Way("alone", "plain torch, nothing sent", plain, CORES, "own", threads=1)
+ALONE = Way("alone", "plain torch, nothing sent", plain, TRACED, "own", threads=1)
 ONE = replace(ALONE, name="one", processes=1)
-CHECKED = {2: [ONE, *predicted_ways(2)], 4: predicted_ways(4)}  # by processes
 
 
 def _loss_and_inputs(case: Case) -> tuple[float, float]:

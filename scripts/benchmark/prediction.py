@@ -17,7 +17,7 @@ from .scaling import RANKS, Scaling
 from .speeds import measured_speeds
 from .zoo import ZOO, Case
 
-MODELS = ("lstm", "large-mlp")
+MODELS = ("small-mlp", "lstm", "large-mlp")
 ROUNDS = 12
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         say("")
         print(told(case, *found[name]), flush=True)
     write(found, options.out)
-    prediction_chart.draw(found, machine.described(), options.out / "predict.png")
+    prediction_chart.draw(found, machine.described(), options.out / "predicted.png")
     print(f"Tables and plot in {options.out}")
 
 
@@ -69,9 +69,10 @@ def told(case: Case, model: Scaling, checks: Sequence[Check]) -> str:
     """What was measured of a case, the check, and the prediction."""
     fixed_ms, row_ms = 1e3 * model.compute.fixed_s, 1e3 * model.compute.row_s
     rows = case.rows // TRACED
+    overheads = ", ".join(f"{way} {1e3 * s:.2f} ms" for way, s in model.overhead_s.items())
     parts = [
         f"{case.name}: {case.about}; compute {fixed_ms:.2f} ms + {row_ms:.3f} ms x rows, "
-        f"loss {1e6 * model.loss_row_s:.2f} us x rows",
+        f"loss {1e6 * model.loss_row_s:.2f} us x rows\noverhead: {overheads}",
         "Each rank brings in a step:",
         "\n".join(_sent(model)),
         f"Checked with {case.rows} rows in all:",
@@ -115,8 +116,8 @@ def _efficiencies(model: Scaling, rows: int, link: Link) -> str:
 
 
 def write(found: dict[str, tuple[Scaling, list[Check]]], folder: Path) -> None:
-    """Writes `predict.csv`, a row for each model, link, way and ranks, and `check.csv`."""
-    with (folder / "predict.csv").open("w", newline="") as file:
+    """Writes `predicted.csv`, a row for each model, link, way and ranks, and `check.csv`."""
+    with (folder / "predicted.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         columns = ("model", "link", "way", "ranks", "rows_each", "step_ms", "efficiency")
         writer.writerow((*columns, "messages", "link_bytes"))

@@ -25,6 +25,8 @@ class Training(ABC):
         torch.manual_seed(SEED)  # same weights and batch for every way and in every process
         networks = case.make()
         whole = case.batch(case.rows)
+        if way.mute:  # all say the same
+            whole = [torch.cat([t.tensor_split(way.processes)[0]] * way.processes) for t in whole]
         own = [t.tensor_split(way.processes)[rank] for t in whole]
         self.batch: list[Tensor] = own if way.rows == "own" else list(whole)
         self.models = {name: way.wrap(network) for name, network in networks.items()}

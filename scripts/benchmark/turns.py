@@ -10,6 +10,7 @@ from torch import nn
 
 from . import machine
 from .crew import Member
+from .muting import mute
 from .training import Training, training
 from .ways import Way
 from .zoo import Case
@@ -20,6 +21,7 @@ UNTIMED_STEPS = 1  # at the begin of a turn, after which caches and threads are 
 
 def make(member: Member, case: Case, way: Way) -> None:
     """Makes the training, for the others to ask for."""
+    mute(False)
     member.kept[_key(case, way)] = training(case, way, member.rank)
 
 
@@ -68,11 +70,12 @@ def kept(member: Member, case: Case, way: Way) -> Training:
 
 
 def _key(case: Case, way: Way) -> str:
-    return f"{case.name}, {case.rows} rows, {way.name}"
+    return f"{case.name}, {case.rows} rows, {way.name}{', mute' if way.mute else ''}"
 
 
 def _settle(member: Member, way: Way, number: int) -> None:
     """Gives this process the threads of a way, and numbers to draw: its own if its rows are."""
+    mute(way.mute)
     torch.set_num_threads(way.threads)
     torch.manual_seed(1000 * number + (member.rank if way.rows == "own" else 0))
 

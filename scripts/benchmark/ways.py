@@ -35,6 +35,7 @@ class Way:
         norms: whether it is only of interest for models with batch norm.
         threads: that each process's operators may use.
         apart: whether no process reads another's memory, as on machines of their own.
+        mute: whether nothing is sent, see `muting`.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Way:
     norms: bool = False
     threads: int = field(default=CORES)
     apart: bool = False
+    mute: bool = False
 
 
 def in_threads(name: str, threads: int | Literal["auto"]) -> Way:
