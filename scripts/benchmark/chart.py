@@ -13,9 +13,9 @@ PANELS = {  # reference: ways
     "plain": ("threads", "threads=2"),
     BEST_DDP: ("threads", "local", "local-own-bn", "global", "gan-local", "gan-global"),
 }
-_COLORS = {
+COLORS = {
     way: f"C{i}" for i, way in enumerate(dict.fromkeys(w for ways in PANELS.values() for w in ways))
-}
+} | {"plain": "black", "ddp-view": "0.6"}
 _WIDTH = 0.8  # of the bars of a model together
 
 
@@ -51,7 +51,7 @@ def _panel(ax: Axes, results: Results, reference: str, ways: list[str]) -> None:
         below = [ratio.middle - ratio.low for _, ratio in ratios]
         above = [ratio.high - ratio.middle for _, ratio in ratios]
         style = {"linewidth": 0.8, "ecolor": "0.3"}
-        look = {"label": way, "color": _COLORS[way], "error_kw": style}
+        look = {"label": way, "color": COLORS[way], "error_kw": style}
         bars = ax.bar(at, heights, width, bottom=1.0, yerr=(below, above), **look)
         labels = [f"{middle:.2f}" for middle in middles]
         ax.bar_label(bars, labels, fontsize=6, padding=1, rotation=90)

@@ -1,4 +1,4 @@
-"""What connects ranks: the loopback interface as measured here, and published line rates."""
+"""What connects ranks: the loopback interface, for the check, and published line rates."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ class Link:
 
 LOOPBACK = Link("loopback", float("inf"), True, "measured here")
 LINKS = (
-    LOOPBACK,
     Link("1 Gb/s Ethernet", 1e9 / 8, True, "IEEE 802.3ab-1999"),
     Link("10 Gb/s Ethernet", 10e9 / 8, True, "IEEE 802.3ae-2002"),
     Link("100 Gb/s Ethernet, RDMA", 100e9 / 8, False, "IEEE 802.3ba-2010"),
