@@ -46,7 +46,7 @@ def main() -> None:
     if models := [name for name in names if name in ZOO]:
         measure_models(models, options.rounds or ROUNDS, options)
     if GROWTH in names:
-        measure_growth(options.rounds or GROWTH_ROUNDS, options.out)
+        measure_growth(options.rounds or GROWTH_ROUNDS, options.apart, options.out)
 
 
 def parsed() -> argparse.Namespace:
@@ -111,12 +111,12 @@ def measure_models(names: list[str], rounds: int, options: argparse.Namespace) -
     print(f"\n{text}\n\n{rounds} rounds, {took_s:.0f} s; tables in {options.out}")
 
 
-def measure_growth(rounds: int, out: Path) -> None:
+def measure_growth(rounds: int, apart: bool, out: Path) -> None:
     for sweep in growth.SWEEPS:
-        points = growth.grow(sweep, rounds, say)
+        points = growth.grow(sweep, rounds, apart, say)
         say("")
-        growth.write(points, out / f"{sweep.name}.csv")
-        growth.draw(sweep, points, machine.described(), out / f"{sweep.name}.png")
+        growth.write(points, out / f"growth-{sweep.name}.csv")
+        growth.draw(sweep, points, machine.described(), out / f"growth-{sweep.name}.png")
         cells = [[table.cell(cell) for cell in row] for row in growth.rows(points)]
         print(f"\n{sweep.x}\n{table.aligned([growth.COLUMNS, *cells])}", flush=True)
     print(f"\n{rounds} rounds; tables and plots in {out}")

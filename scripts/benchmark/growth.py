@@ -2,7 +2,7 @@
 
     workers      1, 2, 4 processes or threads, the same batch in all; more than there are cores
                  is overhead
-    batch        1 to 64 times the rows, in 2 processes, or threads
+    batch        4 rows, and up to 64 times as many, in 2 processes, or threads
     parameters   10^3 to 10^8 of them, in 2 processes, or threads
 
 Each point is measured beside plain torch on all cores, in the same rounds.
@@ -20,6 +20,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .chart import COLORS
 from .measured import Measured, Results, spread
 from .trial import measure
 from .ways import WAYS, Way, ddp, distributed, in_threads
@@ -36,6 +37,8 @@ COLUMNS = (
     *("over_plain_q1", "over_plain", "over_plain_q3", "sent_bytes"),
 )
 
+Quartiles = tuple[float, float, float]
+
 
 @dataclass
 class Point:
@@ -50,7 +53,7 @@ class Point:
         """Its ways."""
         return self.results.all
 
-    def over_plain(self, m: Measured) -> tuple[float, float, float]:
+    def over_plain(self, m: Measured) -> Quartiles:
         """Quartiles of the speed of one of its ways over plain torch's."""
         ratio = self.results.ratio(m.case, m.way.name, "plain")
         assert ratio is not None
@@ -88,7 +91,7 @@ def of_batch() -> Iterator[tuple[str, int, Case, list[Way]]]:
     names = ("plain", "threads=2", "ddp-view", "local", "global")
     for factor in FACTORS:
         case = replace(ZOO["lstm"], rows=factor * FEWEST_ROWS)
-        yield "lstm", factor, case, [WAYS[name] for name in names]
+        yield "lstm", case.rows, case, [WAYS[name] for name in names]
 
 
 def of_parameters() -> Iterator[tuple[str, int, Case, list[Way]]]:
@@ -104,16 +107,17 @@ def of_parameters() -> Iterator[tuple[str, int, Case, list[Way]]]:
 
 SWEEPS = (
     Sweep("workers", "processes, or threads", of_workers),
-    Sweep("batch", f"times {FEWEST_ROWS} rows", of_batch),
+    Sweep("batch", "rows in the whole batch", of_batch),
     Sweep("parameters", "parameters", of_parameters),
 )
 
 
-def grow(sweep: Sweep, rounds: int, say: Callable[[str], None]) -> list[Point]:
+def grow(sweep: Sweep, rounds: int, apart: bool, say: Callable[[str], None]) -> list[Point]:
     """Measures the points of a sweep."""
     found = []
     for model, x, case, ways in sweep.points():
         say(f"growth, {sweep.name}: {model} at {x}")
+        ways = [replace(way, apart=apart) for way in ways]
         found.append(Point(model, x, Results(measure(case, ways, rounds, False, say))))
     return found
 
@@ -140,31 +144,45 @@ def write(points: list[Point], path: Path) -> None:
 def draw(sweep: Sweep, points: list[Point], title: str, path: Path) -> None:
     """Milliseconds of a step, and speed over plain torch's, over what grows, for each model."""
     models = list(dict.fromkeys(point.model for point in points))
-    figure = Figure(figsize=(9, 3.2 * len(models)), layout="constrained")
-    figure.suptitle(title, fontsize=8)
-    for model, axes in zip(models, figure.subplots(len(models), 2, squeeze=False), strict=True):
+    figure = Figure(figsize=(9, 0.8 + 2.8 * len(models)), layout="constrained")
+    figure.suptitle(title, fontsize=7)
+    rows = figure.subplots(len(models), 2, squeeze=False)
+    for model, axes in zip(models, rows, strict=True):
         mine = [point for point in points if point.model == model]
-        _lines(axes[0], mine, lambda point, m: 1e3 * m.step_s)
-        _lines(axes[1], mine, lambda point, m: point.over_plain(m)[1])
-        axes[0].set_ylabel(f"{model}: ms / step")
-        if len(mine) > len(WORKERS):  # a wide range
-            axes[0].set_yscale("log")
-        else:
-            axes[0].set_ylim(bottom=0)
-        axes[1].set_ylabel("times as fast as plain")
+        _lines(axes[0], mine, lambda point, m: spread([1e3 * s for s in m.seconds])[:3])
+        _lines(axes[1], mine, lambda point, m: point.over_plain(m))
+        axes[0].set_title(f"{model}: milliseconds of a step", fontsize=9)
+        axes[1].set_title(f"{model}: times as fast as plain torch", fontsize=9)
         axes[1].axhline(1.0, color="black", linewidth=0.8)
+        axes[1].set_ylim(bottom=0)
+        if sweep.name == "workers":
+            axes[0].set_ylim(bottom=0)
+        else:
+            axes[0].set_yscale("log", base=2 if sweep.name == "batch" else 10)
+            axes[0].yaxis.set_major_formatter("{x:g}")
         for ax in axes:
-            ax.set(xlabel=sweep.x, xscale="log")
-            if len({point.x for point in mine}) < 10 and sweep.name != "parameters":
-                ax.set_xticks([p.x for p in mine], [str(p.x) for p in mine], minor=False)
-                ax.minorticks_off()
-    figure.savefig(path, dpi=150)
+            _over(ax, sorted({point.x for point in mine}), sweep.x)
+    named = {line.get_label(): line for ax in rows[:, 0] for line in ax.containers}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
-def _lines(ax: Axes, points: list[Point], y: Callable[[Point, Measured], float]) -> None:
-    names = dict.fromkeys(m.way.name for point in points for m in point.measured)
-    for i, name in enumerate(names):
-        pairs = [(p.x, y(p, m)) for p in points for m in p.measured if m.way.name == name]
-        ax.plot(*zip(*pairs, strict=True), marker="o", markersize=3, label=name, color=f"C{i}")
+def _over(ax: Axes, xs: list[int], label: str) -> None:
+    """A logarithmic axis for what grows, with each x if there is room for it."""
+    ax.set_xlabel(label)
+    ax.set_xscale("log")
+    if xs[-1] < 1000:
+        ax.set_xticks(xs, [str(x) for x in xs])
+        ax.minorticks_off()
+    ax.grid(alpha=0.3)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=7)
+
+
+def _lines(ax: Axes, points: list[Point], y: Callable[[Point, Measured], Quartiles]) -> None:
+    for name in dict.fromkeys(m.way.name for point in points for m in point.measured):
+        mine = [(p.x, y(p, m)) for p in points for m in p.measured if m.way.name == name]
+        xs, ys = [x for x, _ in mine], [middle for _, (_, middle, _) in mine]
+        below = [middle - low for _, (low, middle, _) in mine]
+        above = [high - middle for _, (_, middle, high) in mine]
+        look = {"marker": "o", "markersize": 3, "linewidth": 1.2, "color": COLORS[name]}
+        ax.errorbar(xs, ys, (below, above), label=name, elinewidth=0.8, **look)
