@@ -189,19 +189,8 @@ def what_others_may_still_read_is_kept_when_a_sum_is_given_up(wire):
 
 
 def an_interrupt_of_a_sum_in_arenas_is_an_error_and_never_wrong_numbers(wire):
-    for after_s in (0.001, 0.004, 0.013):
-        again = connected()
-        room = near(again, numbers(wire.rank, 300_000))  # Python loses what a finalizer raises
-        try:
-            with _interrupted(after_s) if wire.rank == 0 else nullcontext():
-                while True:
-                    assert_sums(again, 300_000, place=lambda _, x, room=room: room.copy_(x))
-        except (Interrupted, ConnectionError):
-            pass
-        with suppress(TimeoutError, ConnectionError):
-            assert_gathers(again, 100_000, LATE_S)  # as who tells the others
-        again.close()
-        dist.barrier()
+    room = near(wire, numbers(wire.rank, 300_000))  # once: Python loses what a finalizer raises
+    _interrupt_at_any_time(wire, 300_000, lambda _, values: room.copy_(values))
 
 
 def _held(wire):
@@ -368,13 +357,17 @@ def an_interrupt_while_it_waits_leaves_the_next_operation_right(wire):
 
 
 def an_interrupt_at_any_time_is_an_error_and_never_wrong_numbers(wire):
+    _interrupt_at_any_time(wire, 100_000, lambda _, values: values)
+
+
+def _interrupt_at_any_time(wire, length, place):
     for after_s in (0.001, 0.004, 0.013):
         again = connected()
         try:
             with _interrupted(after_s) if wire.rank == 0 else nullcontext():
                 while True:
                     assert_gathers(again, 100_000)
-                    assert_sums(again, 100_000)
+                    assert_sums(again, length, place=place)
         except (Interrupted, ConnectionError):
             pass
         with suppress(TimeoutError, ConnectionError):
