@@ -121,8 +121,7 @@ class Wire:
             ConnectionError: as `gather`.
         """
         with self._collective(timeout_s) as until_s:
-            places = self._places(flat, until_s) if self.arena else None
-            if places:
+            if places := self._places(flat, until_s):
                 self._sum_in_place(flat, places, until_s)
                 return
             size = max(1, _PIECE // flat.element_size())
@@ -132,7 +131,9 @@ class Wire:
 
     def _places(self, flat: Tensor, until_s: float) -> list[int] | None:
         """Where in its arena each rank's `flat` begins; None if one does not lie in its."""
-        place = self.arena.place_of(flat) if self.arena else None
+        if self.arena is None:
+            return None
+        place = self.arena.place_of(flat)
         own = _PLACE.pack(-1 if place is None else place, flat.nbytes)
         said = [_PLACE.unpack(each) for each in self._gather(SUM, [own], until_s)]
         for rank, (_, size) in enumerate(said):

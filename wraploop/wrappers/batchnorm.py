@@ -89,7 +89,7 @@ class GlobalBatchNorm(_BatchNorm):
             )
         if self.training and self.track_running_stats:
             self._track(mean, variance * (count / (count - 1)))
-        if shard.is_whole:  # without torch's own tracking: a replica's buffers are written to anew
+        if shard.is_whole:  # not with its buffers: torch's kernel writes to them unseen
             out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         elif is_transformed():
             out = _normalised(x, weight, bias, shard, self.eps)
