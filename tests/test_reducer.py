@@ -1,22 +1,34 @@
 """What buckets do with memory and with gradients that are not there; see `test_promises.py`."""
 
+import pytest
 import torch
 
+from wraploop.processes.arena import own_arena
 from wraploop.wrappers.reducer import Bucket, Memory
 
 LONG = 1 << 19  # doubles: four times what is kept for the next step
 
 
-def test_memory_is_used_again_once_nothing_refers_to_it():
-    memory = Memory(LONG, torch.zeros(1, dtype=torch.float64))
+@pytest.fixture(params=["bytes", "arena"])
+def new(request):
+    if request.param == "bytes":
+        return bytearray
+    arena = own_arena()
+    if arena is None:
+        pytest.skip("this system has no arenas")
+    return arena.block
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it(new):
+    memory = Memory(LONG, torch.zeros(1, dtype=torch.float64), new)
     first = memory.empty()
     where = first.data_ptr()
     del first
     assert memory.empty().data_ptr() == where
 
 
-def test_memory_that_a_view_refers_to_is_left_alone():
-    memory = Memory(LONG, torch.zeros(1, dtype=torch.float64))
+def test_memory_that_a_view_refers_to_is_left_alone(new):
+    memory = Memory(LONG, torch.zeros(1, dtype=torch.float64), new)
     kept = [memory.empty().fill_(i)[i : i + 3].view(1, 3) for i in range(4)]
     leaf = torch.zeros(LONG, dtype=torch.float64, requires_grad=True)
     leaf.grad = memory.empty().fill_(7.0)
