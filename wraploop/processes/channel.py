@@ -13,7 +13,7 @@ import math
 import struct
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -65,6 +65,7 @@ class Channel:
         self.world_size = self._collectives.world_size
         self._of = group or dist.group.WORLD
         self._facts: list[tuple[str, float]] = []
+        self._speaks_by: Wire | Collectives | None = None
         self._watch = watch()
         self._advice: dict[str, str] = {}
         self._timeout_s = _TIMEOUT_S if timeout_s is None else timeout_s
@@ -96,18 +97,24 @@ class Channel:
             PeerError: on every rank, when a rank has failed or does something else, or what was to
                 be agreed on differs.
         """
-        facts, self._facts = self._facts, []
-        whats = [what for what, _ in facts]
-        about = ", ".join(dict.fromkeys(whats))
-        text = f"{doing}, with the {about}" if about else doing
+        return [*map(_as_tensor, self.gather(doing, *payload))]
+
+    def gather(self, doing: str, *payload: Tensor | bytes) -> list[memoryview]:
+        """As `exchange`; it arrives as bytes."""
+        text, whats, facts = doing, [], []
+        if self._facts:
+            whats, facts = zip(*self._facts, strict=True)
+            self._facts = []
+            text = f"{doing}, with the {', '.join(dict.fromkeys(whats))}"
         if self._watch:
             self._watch.doing = text
-        own = Frame(text, [fact for _, fact in facts]).packed()
+        own = Frame(text, facts).packed()
         parts = [own, *(p if isinstance(p, bytes) else view_of(p) for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
-        if any(message[: len(own)] != own for message in everyone):
-            self._check([Frame.unpacked(message) for message in everyone], whats)
-        return [_as_tensor(message[len(own) :]) for message in everyone]
+        for message in everyone:
+            if message[: len(own)] != own:
+                self._check([Frame.unpacked(message) for message in everyone], whats)
+        return [message[len(own) :] for message in everyone]
 
     def sum(self, flat: Tensor) -> Tensor:
         """The sum of every rank's `flat`, in place. After an `exchange` that has agreed on it."""
@@ -145,11 +152,13 @@ class Channel:
 
     def _wire(self) -> Wire | Collectives:
         """What this group's processes speak by."""
-        if self._of not in _wires:
-            _wires[self._of] = connect(self._collectives, self._timeout_s)
-        return _wires[self._of] or self._collectives
+        if self._speaks_by is None:
+            if self._of not in _wires:
+                _wires[self._of] = connect(self._collectives, self._timeout_s)
+            self._speaks_by = _wires[self._of] or self._collectives
+        return self._speaks_by
 
-    def _check(self, frames: list[Frame], whats: list[str]) -> None:
+    def _check(self, frames: list[Frame], whats: Sequence[str]) -> None:
         for rank, frame in enumerate(frames):
             if frame.failed:
                 raise PeerError(
@@ -207,14 +216,13 @@ class Frame(NamedTuple):
     """
 
     text: str
-    facts: list[float]
+    facts: Sequence[float]
     failed: bool = False
 
     def packed(self) -> bytes:
         """The frame as bytes."""
-        text = self.text.encode()[:_MOST_TEXT]
-        head = _HEAD.pack(self.failed, len(text), len(self.facts))
-        return head + text + struct.pack(f"<{len(self.facts)}d", *self.facts)
+        begins = _beginning(self.text, len(self.facts), self.failed)
+        return begins + struct.pack(f"<{len(self.facts)}d", *self.facts) if self.facts else begins
 
     @classmethod
     def unpacked(cls, message: memoryview) -> Frame:
@@ -224,6 +232,12 @@ class Frame(NamedTuple):
         text = bytes(message[_HEAD.size : end]).decode(errors="replace")
         values = struct.unpack_from(f"<{facts}d", message, end)
         return cls(text, list(values), bool(failed))
+
+
+@functools.lru_cache(maxsize=1024)
+def _beginning(text: str, facts: int, failed: bool) -> bytes:
+    packed = text.encode()[:_MOST_TEXT]
+    return _HEAD.pack(failed, len(packed), facts) + packed
 
 
 def _as_tensor(message: memoryview) -> Tensor:

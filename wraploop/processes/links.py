@@ -6,6 +6,7 @@ is sent goes as far as the system takes it, what comes is put together until it 
 
 from __future__ import annotations
 
+import select
 import socket
 import struct
 from collections import deque
@@ -15,6 +16,7 @@ from itertools import islice
 GATHER, SUM, GIVEN_UP = range(3)  # kinds of messages
 _HEAD = struct.Struct("<BQQ")  # the kind and the number of the collective, the message's length
 _MOST_VIEWS = 8  # given to the system at once
+_SMALL = 1 << 14  # bytes that are quicker copied than sent from where they are
 
 Bytes = bytes | bytearray | memoryview
 
@@ -29,12 +31,18 @@ class Link:
     Args:
         connection: the socket.
         rank: the rank at the other end.
+        event: when it is ready, see `select.poll`.
+
+    Attributes:
+        ready: waits for that.
     """
 
-    def __init__(self, connection: socket.socket, rank: int) -> None:
+    def __init__(self, connection: socket.socket, rank: int, event: int) -> None:
         connection.setblocking(False)
         self.connection = connection
         self.rank = rank
+        self.ready = select.poll()
+        self.ready.register(connection, event)
 
 
 class Outgoing(Link):
@@ -44,14 +52,17 @@ class Outgoing(Link):
     """
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
-        super().__init__(connection, rank)
+        super().__init__(connection, rank, select.POLLOUT)
         self._left: deque[memoryview] = deque()
 
     def put(self, kind: int, number: int, parts: Sequence[Bytes]) -> None:
         """Begins to send a message."""
-        views = [memoryview(part) for part in parts if len(part)]
-        head = _HEAD.pack(kind, number, sum(map(len, views)))
-        self._left.extend([memoryview(head), *views])
+        length = sum(map(len, parts))
+        head = _HEAD.pack(kind, number, length)
+        if length <= _SMALL:
+            self._left.append(memoryview(head + b"".join(parts)))
+            return
+        self._left.extend(memoryview(part) for part in (head, *parts) if len(part))
 
     def push(self) -> bool:
         """Sends what can be sent at once; whether nothing is left."""
@@ -82,7 +93,7 @@ class Incoming(Link):
     """A link that this rank receives on."""
 
     def __init__(self, connection: socket.socket, rank: int) -> None:
-        super().__init__(connection, rank)
+        super().__init__(connection, rank, select.POLLIN)
         self._head = memoryview(bytearray(_HEAD.size))
         self._begin()
 

@@ -187,16 +187,18 @@ class Wire:
         until_s: float,
     ) -> Bytes:
         """Sends what is there to be sent, and receives a message at the same time."""
-        sent, received = False, None
-        while True:
+        received = None
+        self._is_moving = True
+        sent = outgoing.push()
+        self._is_moving = False
+        while not sent or received is None:
+            _wait(None if sent else outgoing, incoming if received is None else None, until_s)
             self._is_moving = True
             sent = sent or outgoing.push()
             if received is None:
                 received = incoming.pull(kind, self._number, target)
             self._is_moving = False
-            if sent and received is not None:
-                return received
-            _wait(outgoing, incoming, not sent, received is None, until_s)
+        return received
 
     @contextmanager
     def _collective(self, timeout_s: float) -> Iterator[float]:
@@ -236,19 +238,18 @@ def _pieces(run: Tensor) -> Sequence[Tensor]:
     return run.split(max(1, _PIECE_IN_PLACE // run.element_size())) if len(run) else ()
 
 
-def _wait(
-    outgoing: Outgoing, incoming: Incoming, to_send: bool, to_receive: bool, until_s: float
-) -> None:
+def _wait(to_send: Outgoing | None, to_receive: Incoming | None, until_s: float) -> None:
     """Waits until there is something to be done, or to be looked at again."""
+    link = to_receive or to_send
+    assert link is not None
+    ready = link.ready
+    if to_send and to_receive:
+        ready = select.poll()
+        ready.register(to_send.connection, select.POLLOUT)
+        ready.register(to_receive.connection, select.POLLIN)
     left_s = until_s - time.monotonic()
-    if left_s <= 0:
-        raise TimeoutError(f"rank {(incoming if to_receive else outgoing).rank} does not come")
-    poll = select.poll()
-    if to_send:
-        poll.register(outgoing.connection, select.POLLOUT)
-    if to_receive:
-        poll.register(incoming.connection, select.POLLIN)
-    poll.poll(min(left_s, _LOOK_AGAIN_S) * 1000)
+    if not ready.poll(min(max(0.0, left_s), _LOOK_AGAIN_S) * 1000) and left_s <= 0:
+        raise TimeoutError(f"rank {link.rank} does not come")
 
 
 def _cut(received: Bytes, count: int) -> list[Bytes]:

@@ -21,6 +21,8 @@ from wraploop.processes.channel import Channel
 from .rank import Rank
 from .reducer import Reducer
 
+_MOST_REDUCERS = 4
+
 ReduceAt = Literal["backward", "step"]
 
 
@@ -38,6 +40,7 @@ class AtStep:
 
     def __init__(self, channel: Channel, name: str, reduce_dtype: torch.dtype | None) -> None:
         self.left: dict[int, Tensor] = {}
+        self._reducers: dict[tuple[Any, ...], Reducer] = {}
         self._rank = Rank(channel, [0] * channel.world_size, name, reduce_dtype=reduce_dtype)
         _register_once()
         _made[next(_numbers)] = self
@@ -49,7 +52,16 @@ class AtStep:
         for leaf in leaves:
             del self.left[id(leaf)]
         if leaves:
-            sum_left(self._rank, leaves)
+            sum_left(self._rank, leaves, self._reducer_for(leaves))
+
+    def _reducer_for(self, leaves: list[Tensor]) -> Reducer:
+        """The one that has summed gradients of that kind before: it keeps the memory for them."""
+        kind = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        reducer = self._reducers.pop(kind, None) or reducer_for(self._rank, leaves)
+        self._reducers[kind] = reducer  # now the last
+        if len(self._reducers) > _MOST_REDUCERS:
+            del self._reducers[next(iter(self._reducers))]
+        return reducer
 
 
 _made: weakref.WeakValueDictionary[int, AtStep] = weakref.WeakValueDictionary()
@@ -67,17 +79,24 @@ def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         each.bring_together(optimizer)
 
 
-def sum_left(rank: Rank, leaves: list[Tensor]) -> None:
+def reducer_for(rank: Rank, leaves: list[Tensor]) -> Reducer:
+    """What sums what backwards have left in the leaves' `.grad`."""
+    return Reducer(rank, "what backwards have left", [leaf.detach() for leaf in leaves])
+
+
+def sum_left(rank: Rank, leaves: list[Tensor], reducer: Reducer) -> None:
     """Brings together what backwards have left in the leaves' `.grad`."""
-    reducer = Reducer(rank, "what backwards have left", [leaf.detach() for leaf in leaves])
-    wholes = reducer.sum([taken_grad(rank, leaf) for leaf in leaves], 1.0)
+    wholes = reducer.sum([_taken(leaf) for leaf in leaves], 1 / rank.channel.world_size)
     for leaf, whole in zip(leaves, wholes, strict=True):
         leaf.grad = whole
 
 
-def taken_grad(rank: Rank, leaf: Tensor) -> Tensor | None:
-    """The part of what a backward has left in the leaf's `.grad`, which is None then."""
-    if leaf.grad is None:
-        return None
-    left, leaf.grad = leaf.grad / rank.channel.world_size, None
+def taken_part(rank: Rank, leaf: Tensor) -> Tensor | None:
+    """This rank's part of what a backward has left in the leaf's `.grad`, which is None then."""
+    left = _taken(leaf)
+    return None if left is None else left / rank.channel.world_size
+
+
+def _taken(leaf: Tensor) -> Tensor | None:
+    left, leaf.grad = leaf.grad, None
     return left

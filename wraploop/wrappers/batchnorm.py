@@ -1,9 +1,9 @@
 """Statistics of the whole batch, inside a module that sees one shard of it.
 
-Of N_i values per channel with the mean m_i and the variance v_i in each shard, the whole batch's
-are, with the shares s_i = N_i / N,
+Of N_i values per channel in each shard, with the mean m_i and the squared distances from it in all
+q_i, the whole batch's mean and variance are
 
-    m = sum(s_i m_i)        v = sum(s_i (v_i + (m_i - m)^2))
+    m = sum(N_i m_i) / N        v = sum(q_i + N_i (m_i - m)^2) / N
 
 so one move does for both, and loses no digits where a mean is large against the spread (Chan,
 Golub, LeVeque, 1979). With n = (x - m) / sqrt(v + eps), and g what the derivative with respect to n
@@ -19,16 +19,18 @@ order are those of the formulas, written out.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 
-from .internals import batch_norm_sums, is_transformed
-from .shard import Shard, current, sum_of_derivatives, sum_over_shards
+from .internals import batch_norm_sums, is_transformed, not_compiled
+from .shard import Shard, current, sum_over_shards
 
 _LAST_SHARD = "_wraploop_shard"
 
@@ -81,30 +83,31 @@ class GlobalBatchNorm(_BatchNorm):
         half = input.dtype in (torch.float16, torch.bfloat16)
         given = input, self.weight, self.bias
         x, weight, bias = (t.float() if half and t is not None else t for t in given)
-        mean, variance, count = _statistics(x.detach(), shard)
-        if count <= 1:
+        whole = _statistics(x, shard)
+        if whole.number <= 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input of shape "
                 f"{tuple(input.shape)} in a batch of one row."
             )
         if self.training and self.track_running_stats:
-            self._track(mean, variance * (count / (count - 1)))
+            self._track(whole)
         if shard.is_whole:  # not with its buffers: torch's kernel writes to them unseen
             out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
         elif is_transformed():
             out = _normalised(x, weight, bias, shard, self.eps)
         else:
-            out = _Normalise.apply(x, weight, bias, shard, self.eps, mean, variance, count)
+            out = _Normalise.apply(x, weight, bias, shard, self.eps, whole)
         return out.to(input.dtype) if half else out
 
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
+    def _track(self, whole: _Statistics) -> None:
         if self.num_batches_tracked is None or self.running_mean is None:
             return
         self.num_batches_tracked.add_(1)
         step = self.momentum
         if step is None:
             step = 1.0 / float(self.num_batches_tracked)
-        for running, now in ((self.running_mean, mean), (self.running_var, variance)):
+        unbiased = whole.variance * (whole.number / (whole.number - 1))
+        for running, now in ((self.running_mean, whole.mean), (self.running_var, unbiased)):
             assert running is not None
             running.lerp_(now.to(running.dtype), step)
 
@@ -119,19 +122,45 @@ def _channels(x: Tensor) -> list[int]:
     return [1, -1] + [1] * (x.ndim - 2)
 
 
+class _Statistics(NamedTuple):
+    """Of the whole batch, for each channel.
+
+    Attributes:
+        mean: shape `(C,)`.
+        variance: the biased one, shape `(C,)`.
+        number: of how many values.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    number: float
+
+
+@not_compiled
 @torch.no_grad()
-def _statistics(x: Tensor, shard: Shard) -> tuple[Tensor, Tensor, float]:
-    """Mean and variance of each channel over all shards, and of how many values."""
-    own = x[:0] if shard.rows == 0 else x
-    number = own.numel() // x.shape[1]
+def _statistics(x: Tensor, shard: Shard) -> _Statistics:
+    own = x if shard.rows else x[:0]
+    channels, number = x.shape[1], own.numel() // x.shape[1]
     mean = own.sum(_axes(x)) / max(1, number)
-    variance = (own - mean.view(_channels(x))).square_().sum(_axes(x)) / max(1, number)
-    each = shard.everyones(torch.cat([mean, variance, mean.new_tensor([number])])[None])
-    means, variances, numbers = each.split([len(mean), len(mean), 1], 1)
-    count = numbers.sum()
-    shares = numbers / count
-    mean = (shares * means).sum(0)
-    return mean, (shares * ((means - mean).square_() + variances)).sum(0), float(count)
+    around = (own - mean.view(_channels(x))).square_().sum(_axes(x))
+    each = shard.everyones(_joined(mean, around, [number])[None])
+    means, arounds, numbers = each[:, :channels], each[:, channels:-1], each[:, -1:]
+    with np.errstate(all="ignore"):  # what is NaN shows in what becomes of it, as in torch
+        count = numbers.sum()
+        m = (numbers * means).sum(0) / count
+        v = (arounds + numbers * (means - m) ** 2).sum(0) / count
+    mean, variance = _tensors([m, v], x)
+    return _Statistics(mean, variance, float(count))
+
+
+def _joined(*vectors: Tensor | list[int]) -> np.ndarray:
+    """One row of numbers, whose operators are quicker on so few."""
+    arrays = [v.cpu().numpy() if isinstance(v, Tensor) else v for v in vectors]
+    return np.concatenate(arrays, dtype=np.float64)
+
+
+def _tensors(vectors: list[np.ndarray] | np.ndarray, like: Tensor) -> Iterable[Tensor]:
+    return torch.from_numpy(np.asarray(vectors)).to(like).unbind()
 
 
 def _normalised(
@@ -157,19 +186,17 @@ class _Normalise(Function):
         bias: Tensor | None,
         shard: Shard,
         eps: float,
-        mean: Tensor,
-        variance: Tensor,
-        count: float,
+        whole: _Statistics,
     ) -> Tensor:
         ctx.save_for_backward(x, weight, bias)
-        ctx.shard, ctx.eps, ctx.statistics = shard, eps, (mean, variance, count)
-        return batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
+        ctx.shard, ctx.eps, ctx.whole = shard, eps, whole
+        return batch_norm(x, whole.mean, whole.variance, weight, bias, False, 0.0, eps)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found = _written_out(ctx, *grads) if torch.is_grad_enabled() else _at_once(ctx, *grads)
         pairs = zip(found, ctx.needs_input_grad, strict=False)
-        return *(grad if needed else None for grad, needed in pairs), *[None] * 5
+        return *(grad if needed else None for grad, needed in pairs), *[None] * 3
 
 
 def _written_out(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -188,16 +215,23 @@ def _written_out(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 def _at_once(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The derivatives."""
     x, weight, _ = ctx.saved_tensors
-    mean, variance, count = ctx.statistics
+    mean, variance, number = ctx.whole
     with_n, alone = batch_norm_sums(grad, x, mean, variance, ctx.eps)
-    sums = sum_of_derivatives(ctx.shard, torch.stack([with_n, alone]))
+    sums = _sum_of_derivatives(ctx.shard, _joined(with_n, alone)).reshape(2, -1)
     scale = torch.rsqrt(variance + ctx.eps)
     scale = scale if weight is None else scale * weight
     if ctx.shard.rows == 0:  # a borrowed row, which is in no sum
         return grad * scale.view(_channels(x)), with_n, alone
-    slope, height = sums * (scale * (-1 / count))
+    slope, height = (scale * part for part in _tensors(sums * (-1 / number), x))
     found = batch_norm(x, mean, variance, slope, height, False, 0.0, ctx.eps)
     return found.addcmul_(grad, scale.view(_channels(x))), with_n, alone
+
+
+def _sum_of_derivatives(shard: Shard, grad: np.ndarray) -> np.ndarray:
+    """As `sum_over_shards` differentiates, of numbers."""
+    weight = shard.loss_weight
+    own = weight * (grad if weight else np.nan_to_num(grad))
+    return shard.everyones(own[None]).sum(0) / (weight or 1.0)
 
 
 @functools.cache

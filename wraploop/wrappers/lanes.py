@@ -14,8 +14,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,11 +31,11 @@ T = TypeVar("T")
 
 
 class Meeting:
-    """Where the lanes of a pass meet: everybody brings a tensor and takes what becomes of all."""
+    """Where the lanes of a pass meet: each brings something and takes what becomes of all."""
 
     def __init__(self, lanes: int, parent: Shard | None) -> None:
         self._parent = parent
-        self._brought: list[Tensor | None] = [None] * lanes
+        self._brought: list[Any] = [None] * lanes
         self._missing = lanes
         self._round = 0
         self._ended = False
@@ -48,19 +49,22 @@ class Meeting:
 
     def total(self, lane: int, tensor: Tensor) -> Tensor:
         """The sum of what all lanes bring, in the order of the lanes."""
-        return self._met(lane, tensor, self._total)
+        return self._met(lane, tensor, self._total).to(tensor.device, copy=True)
 
-    def everyones(self, lane: int, tensor: Tensor) -> Tensor:
-        """What all lanes bring, in the order of the lanes, along the first axis."""
-        return self._met(lane, tensor, self._everyones)
+    def everyones(self, lane: int, rows: np.ndarray) -> np.ndarray:
+        """What all lanes bring, in the order of the lanes, one behind the other."""
+        return self._met(lane, rows, self._everyones)
 
-    def _met(self, lane: int, tensor: Tensor, together: Callable[[list[Tensor]], Tensor]) -> Tensor:
+    def _met(self, lane: int, brought: T, together: Callable[[list[T]], T]) -> T:
         with self._changed:
             this_round = self._round
-            self._brought[lane] = tensor
+            self._brought[lane] = brought
             self._missing -= 1
             if self._missing == 0:
-                self._put_together(together)
+                self._whole = together(self._brought)
+                self._missing = len(self._brought)
+                self._round += 1
+                self._changed.notify_all()
             self._changed.wait_for(lambda: self._round != this_round or self._ended)
             if self._round == this_round:
                 raise Disagreement(
@@ -68,24 +72,17 @@ class Meeting:
                     "another shard has not computed: the module must use the same such layers for "
                     "every row."
                 )
-            return self._whole.to(tensor.device, copy=True)
-
-    def _put_together(self, together: Callable[[list[Tensor]], Tensor]) -> None:
-        brought = [tensor for tensor in self._brought if tensor is not None]
-        self._whole = together([tensor.to(brought[0].device) for tensor in brought])
-        self._missing = len(self._brought)
-        self._round += 1
-        self._changed.notify_all()
+            return self._whole
 
     def _total(self, brought: list[Tensor]) -> Tensor:
         total = brought[0]
         for tensor in brought[1:]:
-            total = total + tensor
+            total = total + tensor.to(total.device)
         return self._parent.total(total) if self._parent else total
 
-    def _everyones(self, brought: list[Tensor]) -> Tensor:
-        all_lanes = torch.cat(brought)
-        return self._parent.everyones(all_lanes) if self._parent else all_lanes
+    def _everyones(self, brought: list[np.ndarray]) -> np.ndarray:
+        rows = np.concatenate(brought)
+        return self._parent.everyones(rows) if self._parent else rows
 
     def leave(self) -> None:
         """Says that a lane is through; whoever waits for it now, or will, gets an error."""
@@ -110,9 +107,9 @@ class Lane(Shard):
         """The sum of all shards' `tensor`."""
         return self.meeting.total(self.index, tensor)
 
-    def everyones(self, tensor: Tensor) -> Tensor:
-        """All shards' `tensor`, one behind the other along the first axis."""
-        return self.meeting.everyones(self.index, tensor)
+    def everyones(self, rows: np.ndarray) -> np.ndarray:
+        """All shards' `rows`, one behind the other."""
+        return self.meeting.everyones(self.index, rows)
 
 
 class Lanes(NamedTuple):

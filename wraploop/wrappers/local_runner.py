@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from wraploop.processes.channel import Channel, fingerprint
-from wraploop.processes.packing import view_of
 
 from .at_step import AtStep, ReduceAt
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
@@ -158,8 +157,8 @@ class LocalRunner:
         mode = "training" if self.module.training else "evaluation"
         accumulating = "" if self._synced else ", no_sync"
         doing = f"run {name} ({mode}{accumulating})"
-        said = self.channel.exchange(doing, _TOLD.pack(*own, drew))
-        told = [_TOLD.unpack(view_of(packed)) for packed in said]
+        said = self.channel.gather(doing, _TOLD.pack(*own, drew))
+        told = [*map(_TOLD.unpack, said)]
         counts, batches, randoms, drawn = zip(*told, strict=True)
         full = [rank for rank, count in enumerate(counts) if count and rows]
         if len(full) > 1 and len({batches[rank] for rank in full}) == 1:

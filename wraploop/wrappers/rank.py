@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,12 +86,11 @@ class Rank(Shard):
         terms = self.channel.exchange(doing, pack(tensor))
         return _total([unpack(term, tensor.shape, tensor) for term in terms])
 
-    def everyones(self, tensor: Tensor) -> Tensor:
-        """All ranks' `tensor`, one behind the other along the first axis."""
-        row = tensor.shape[1:]
-        doing = f"statistics of every shard {tuple(row)} in {self.name}"
-        received = torch.cat(self.channel.exchange(doing, pack(tensor)))
-        return received.view(tensor.dtype).view(-1, *row).to(tensor.device)
+    def everyones(self, rows: np.ndarray) -> np.ndarray:
+        """All ranks' `rows`, one behind the other."""
+        doing = f"statistics of every shard ({rows.shape[1]}) in {self.name}"
+        received = self.channel.gather(doing, rows.tobytes())
+        return np.concatenate([np.frombuffer(each) for each in received]).reshape(-1, rows.shape[1])
 
     def take(self, whole: Tensor, move: Move, *, borrow: bool) -> Tensor:
         """This rank's part of `whole`: its own rows ("scatter"), or all ("share").

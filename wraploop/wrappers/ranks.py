@@ -27,7 +27,7 @@ from torch.autograd import Function
 
 from wraploop.processes.channel import fingerprint
 
-from .at_step import sum_left, taken_grad
+from .at_step import reducer_for, sum_left, taken_part
 from .border import BATCHED, Move, adjoints
 from .internals import is_accumulated, is_batched, is_wanted
 from .rank import Rank
@@ -70,10 +70,10 @@ class _GoIn(Function):
         rank, is_plain = ctx.rank, not torch.is_grad_enabled()
         if ctx.reducer and rank.synced and not rank.unsynced and is_plain:
             return None, None, None, None, *ctx.reducer.sum(grads[1:], rank.loss_weight)
-        parts = weigh(grads[1:], rank.loss_weight)
         nodes = [node for node, _ in ctx.next_functions if node is not None]
         is_awaited = rank.until_step and not (is_plain and all(map(is_accumulated, nodes)))
         if rank.synced or is_awaited:
+            parts = weigh(grads[1:], rank.loss_weight)
             parts = parts if is_awaited else _with_unsynced(ctx, parts)
             # Where no part depends on anything, as with no rows, the wholes must all the same.
             token = ctx.token()
@@ -81,7 +81,7 @@ class _GoIn(Function):
             tokens = [] if depends or token is None else [token]
             wholes = come_out(rank, ctx.doing, parts, adjoints(ctx.moves), ctx.like, tokens)
         else:
-            wholes = weigh(parts, rank.channel.world_size)
+            wholes = weigh(grads[1:], rank.loss_weight * rank.channel.world_size)
             leaves = (getattr(node, "variable", None) for node in nodes)
             rank.unsynced.update({id(leaf): leaf for leaf in leaves if leaf is not None})
         return None, None, None, None, *wholes
@@ -96,13 +96,13 @@ def _with_unsynced(ctx: Any, parts: list[Tensor | None]) -> list[Tensor | None]:
     for part, (node, _) in zip(parts, ctx.next_functions, strict=True):
         leaf = getattr(node, "variable", None)
         if leaf is not None and id(leaf) in rank.unsynced and is_wanted(node):
-            left = taken_grad(rank, rank.unsynced.pop(id(leaf)))
+            left = taken_part(rank, rank.unsynced.pop(id(leaf)))
             part = left if part is None else part if left is None else part + left
         found.append(part)
     others = list(rank.unsynced.values())  # which take no part in this backward: frozen since
     if others:
         rank.unsynced.clear()
-        sum_left(rank, others)
+        sum_left(rank, others, reducer_for(rank, others))
     return found
 
 

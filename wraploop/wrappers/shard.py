@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torch.autograd import Function
 
@@ -43,8 +44,8 @@ class Shard(ABC):
         """The sum of all shards' `tensor`. Every shard must call it, in the same order."""
 
     @abstractmethod
-    def everyones(self, tensor: Tensor) -> Tensor:
-        """All shards' `tensor`, one behind the other along the first axis; called as `total`."""
+    def everyones(self, rows: np.ndarray) -> np.ndarray:
+        """All shards' `rows` of float64, one behind the other; called as `total`."""
 
 
 def current() -> Shard | None:
@@ -95,10 +96,10 @@ class _SumOverShards(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor]:
-        return None, sum_of_derivatives(ctx.shard, *grads)
+        return None, _sum_of_derivatives(ctx.shard, *grads)
 
 
-def sum_of_derivatives(shard: Shard, grad: Tensor) -> Tensor:
+def _sum_of_derivatives(shard: Shard, grad: Tensor) -> Tensor:
     """The sum of all shards' derivatives, each of its own loss, as one of this shard's own loss."""
     weight = shard.loss_weight
     if weight == 1:
