@@ -9,7 +9,10 @@ Execution   ModelWrapper     runs a model elsewhere: ThreadedCPUParallel, DataPa
             shard            gives each process its rows of every batch, where that is wanted
 """
 
-from . import callbacks, gan, processes
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from . import callbacks, processes
 from .callback import Callback, on
 from .data import shard
 from .events import (
@@ -28,7 +31,6 @@ from .events import (
     StepEnd,
 )
 from .freezing import freeze, frozen, unfreeze
-from .gan import GANTraining
 from .images import image_grid
 from .learner import Learner
 from .lr_find import lr_find
@@ -49,6 +51,10 @@ from .wrappers.distributed import DistributedModel
 from .wrappers.spec import wrap
 from .wrappers.threaded import ThreadedCPUParallel
 from .wrappers.wrapper import ModelWrapper
+
+if TYPE_CHECKING:
+    from . import gan
+    from .gan import GANTraining
 
 __version__ = "0.1.0"
 
@@ -96,3 +102,15 @@ __all__ = [
     "unfreeze",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`gan` is imported when it is first asked for: a tenth of the import, and few need it."""
+    if name not in ("gan", "GANTraining"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    gan = import_module(f"{__name__}.gan")
+    return gan if name == "gan" else gan.GANTraining
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
