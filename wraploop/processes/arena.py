@@ -12,7 +12,6 @@ import ctypes
 import functools
 import mmap
 import os
-import secrets
 import threading
 import weakref
 from contextlib import suppress
@@ -39,7 +38,7 @@ class Arena:
     """
 
     def __init__(self) -> None:
-        self._token = secrets.token_bytes(_TOKEN)
+        self._token = os.urandom(_TOKEN)
         self._process = os.getpid()
         self._file = os.memfd_create(_NAME)
         os.pwrite(self._file, self._token, 0)

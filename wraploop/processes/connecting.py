@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 import socket
 import struct
 import sys
@@ -48,7 +47,7 @@ def connect(collectives: Collectives, timeout_s: float) -> Wire | None:
     with _listen() as listening:
         own = {"port": listening.getsockname()[1], "at": _addresses()}
         own["arena"] = arena.name if arena else None
-        said = say({**own, "secret": secrets.token_hex(2 * _SECRET)}, timeout_s)
+        said = say({**own, "secret": os.urandom(2 * _SECRET).hex()}, timeout_s)
         secret = bytes.fromhex(said[0]["secret"])
         callers = {distance: (rank + distance) % world_size for distance in distances}
         with Reception(listening, secret, callers) as reception:
