@@ -106,7 +106,8 @@ class Callback:
 
     def handlers(self) -> list[Handler]:
         """The marked methods with their events and phases, in the order of definition."""
-        names = dict.fromkeys(name for cls in reversed(type(self).__mro__) for name in vars(cls))
+        *classes, _ = type(self).__mro__  # `object` has none
+        names = dict.fromkeys(name for cls in reversed(classes) for name in vars(cls))
         methods = [(name, getattr(getattr(type(self), name), "marks", ())) for name in names]
         return [(*mark, getattr(self, name)) for name, marks in methods for mark in marks]
 
