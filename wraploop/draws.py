@@ -99,7 +99,7 @@ def _generators(data: Any) -> Iterator[tuple[str, _Kind, Any]]:
     waiting = deque([("", data.whole if isinstance(data, ShardedBatches) else data)])
     while waiting and len(seen) < _MOST:
         path, each = waiting.popleft()
-        if id(each) in seen:
+        if type(each) is Tensor or id(each) in seen:  # of tensors there are many, in a list
             continue
         seen.add(id(each))
         kind = _kind(each)
