@@ -93,7 +93,10 @@ def function_modes() -> list[TorchFunctionMode]:
 
 def version_of(tensor: Tensor) -> int:
     """How often `tensor` has been written to in place; always 0 in inference mode."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:  # not asked for first: `is_inference` lets go of the interpreter lock
+        return 0
 
 
 def is_batched(tensor: Tensor) -> bool:
