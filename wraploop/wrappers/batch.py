@@ -161,7 +161,7 @@ def rows_of(nest: Nest) -> int | None:
 
 def _check_lists(nest: Nest, rows: int | None) -> None:
     """Refuses lists that seem to have an item for each row: they go to every shard whole."""
-    if all(isinstance(child, (Tensor, *_PLAIN)) for child in _held(nest)):
+    if not _holds_lists(nest):
         return
     for path, child in _children(nest) or []:
         if isinstance(child, Tensor):
@@ -173,6 +173,11 @@ def _check_lists(nest: Nest, rows: int | None) -> None:
                 "rows of tensors, and would go whole to every shard. If it has an item for each "
                 "row, pass a tensor; if not, pass a tuple."
             )
+
+
+def _holds_lists(nest: Nest) -> bool:
+    inner = [child for child in _held(nest) if not isinstance(child, (Tensor, *_PLAIN))]
+    return any(isinstance(child, list) or _holds_lists(child) for child in inner)
 
 
 def split(rows: int, shards: int) -> list[slice]:

@@ -174,7 +174,7 @@ class Crossing:
         moves = adjoints(self.moves_out[j] for j in given)
         return [
             [
-                self.lanes.go_in(whole, move, lane).detach().requires_grad_(whole.requires_grad)
+                self.lanes.go_in(whole, move, lane).requires_grad_(whole.requires_grad)
                 for whole, move in zip(wholes, moves, strict=True)
             ]
             for lane in range(len(self.leaves))

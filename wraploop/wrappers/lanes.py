@@ -200,7 +200,7 @@ class LaneGroup:
         wholes: list[Tensor | None] = [None] * len(columns)
         sums = []
         for i, (column, move) in enumerate(zip(columns, moves, strict=True)):
-            if all(part is None for part in column):
+            if column[0] is None and all(part is None for part in column):
                 continue
             if move == "first":
                 wholes[i] = column[0]
@@ -210,8 +210,9 @@ class LaneGroup:
                 wholes[i] = torch.cat(self._without_gaps(column, like[i]))
             else:
                 sums.append(i)
-        for i, total in zip(sums, _sums([columns[i] for i in sums]), strict=True):
-            wholes[i] = total
+        if sums:
+            for i, total in zip(sums, _sums([columns[i] for i in sums]), strict=True):
+                wholes[i] = total
         return wholes
 
     def _home(self, column: tuple[Tensor | None, ...]) -> list[Tensor | None]:

@@ -136,12 +136,17 @@ class Replica:
         Raises:
             RuntimeError: a backward of the user's has run into the replica.
         """
-        for parameter, leaf in self._elsewhere:
-            leaf.data.copy_(parameter)
         for leaf in self._own_leaves:
             if leaf.grad is not None:
                 leaf.grad = None
                 raise RuntimeError(_LEAKED)
+        if self._elsewhere or self._buffers:
+            with torch.inference_mode(False), torch.no_grad():
+                self._take_over()
+
+    def _take_over(self) -> None:
+        for parameter, leaf in self._elsewhere:
+            leaf.data.copy_(parameter)
         for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
             changed = (
                 version_of(buffer) != self._taken_over[i]

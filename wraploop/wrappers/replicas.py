@@ -71,12 +71,12 @@ class Replicas:
         self._sets[frozen] = replicas  # now the last
         if len(self._sets) > _MOST_SETS:
             del self._sets[next(iter(self._sets))]
-        with torch.inference_mode(False):
-            for device in devices[len(replicas) :]:
-                replicas.append(self._made_for(tree, device))
-            with torch.no_grad():
-                for replica in replicas:
-                    replica.refresh()
+        if len(replicas) < len(devices):
+            with torch.inference_mode(False):
+                for device in devices[len(replicas) :]:
+                    replicas.append(self._made_for(tree, device))
+        for replica in replicas:
+            replica.refresh()
         return tree, replicas[: len(devices)]
 
     def forget(self) -> None:

@@ -112,9 +112,10 @@ class Tree:
             return False
         return self._where() == self._places
 
-    def _where(self) -> list[tuple[int, torch.Size]]:
+    def _where(self) -> tuple[list[int], list[torch.Size]]:
         """Where parameters' values are: `.data` may be replaced, and is by casts and moves."""
-        return [(parameter.data_ptr(), parameter.shape) for parameter in self.parameters]
+        found = self.parameters
+        return [parameter.data_ptr() for parameter in found], [p.shape for p in found]
 
 
 def current_tree(tree: Tree | None, root: nn.Module, rows: set[Place]) -> Tree:
