@@ -70,6 +70,15 @@ def test_graphs_are_walked_to_their_leaves():
     assert not list(internals.variables_behind([out], "AddmmBackward0"))
 
 
+def test_versions_count_what_is_written_in_place_but_for_inference():
+    tensor = torch.ones(2)
+    before = internals.version_of(tensor)
+    tensor.add_(1)
+    assert internals.version_of(tensor) == before + 1
+    with torch.inference_mode():
+        assert internals.version_of(torch.ones(2).add_(1)) == 0
+
+
 def test_sums_of_lists_are_sums():
     total = internals.foreach_add([torch.ones(2), torch.zeros(1)], [torch.ones(2), torch.ones(1)])
     assert [t.tolist() for t in total] == [[2.0, 2.0], [1.0]]
