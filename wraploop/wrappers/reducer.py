@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wraploop.processes.channel import Channel
 from wraploop.processes.packing import pack, size_of, unpack
 
 from .internals import foreach_copy, unflatten
@@ -39,24 +38,16 @@ class Bucket:
         indices: which.
         like: a tensor of the shape, dtype and device of each gradient that there is.
         new: makes a buffer of at least so many bytes.
-        sent_as: what floating ones are summed as; None is as they are.
     """
 
     def __init__(
-        self,
-        indices: Sequence[int],
-        like: Sequence[Tensor],
-        new: Callable[[int], Any] = bytearray,
-        sent_as: torch.dtype | None = None,
+        self, indices: Sequence[int], like: Sequence[Tensor], new: Callable[[int], Any] = bytearray
     ) -> None:
         self.indices = indices
         self._like = [like[i] for i in indices]
         self._runs = list(_runs([size_of(t.shape, t) for t in self._like], _RUN))
         self._sizes = [sum(t.numel() for t in self._like[run]) for run in self._runs]
-        first, length = self._like[0].new_empty(0), sum(self._sizes)
-        self._memory = Memory(length, first, new)
-        is_cast = sent_as is not None and first.is_floating_point()
-        self._cast = Memory(length, first.to(sent_as), new) if is_cast else None
+        self._memory = Memory(sum(self._sizes), self._like[0], new)
 
     def filled(self, parts: Sequence[Tensor | None], weight: float) -> tuple[Tensor, list[Tensor]]:
         """The gradients times `weight`, flat, and each gradient's place in that.
@@ -77,13 +68,6 @@ class Bucket:
             if weight != 1:
                 piece.mul_(weight)
         return flat, places
-
-    def sum(self, flat: Tensor, channel: Channel) -> None:
-        """Makes `flat`, which was `filled`, the sum of all ranks'."""
-        if self._cast is None:
-            channel.sum(flat)
-        else:
-            flat.copy_(channel.sum(self._cast.empty().copy_(flat)))
 
 
 class Memory:
@@ -186,10 +170,17 @@ class Reducer:
         dense = [i for i in range(len(parts)) if used[i] and not sparse[i]]
         for bucket in self._buckets_of(dense):
             flat, places = bucket.filled(parts, weight)
-            bucket.sum(flat, self._rank.channel)
+            self._sum(flat)
             for i, whole in zip(bucket.indices, places, strict=True):
                 wholes[i] = whole
         return self._with_sparse(wholes, parts, weight, sparse)
+
+    def _sum(self, flat: Tensor) -> None:
+        dtype = self._rank.reduce_dtype
+        if dtype is None or not flat.is_floating_point():
+            self._rank.channel.sum(flat)
+        else:
+            flat.copy_(self._rank.channel.sum(flat.to(dtype)))
 
     def _exchange(self, *payload: Tensor | bytes) -> list[Tensor]:
         return self._rank.channel.exchange(f"{self._doing} of {self._rank.name}", *payload)
@@ -223,8 +214,7 @@ class Reducer:
         for kind in kinds.values():
             sizes = [size_of(like[i].shape, like[i]) for i in kind]
             for run in _runs(sizes, _BUCKET):
-                rank = self._rank
-                yield Bucket(kind[run], like, rank.channel.memory, rank.reduce_dtype)
+                yield Bucket(kind[run], like, self._rank.channel.memory)
 
 
 def _runs(sizes: list[int], most: int) -> Iterator[slice]:
