@@ -251,17 +251,19 @@ def fingerprint(tensor: Tensor) -> float:
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
-    sample = flat[:: 1 + len(flat) // 1024].double().resolve_neg().cpu()
-    if not len(sample):
+    numbers = flat[:: 1 + len(flat) // 1024].double().numpy(force=True)
+    if not len(numbers):
         return 0.0
-    numbers = sample.numpy()  # whose operators are quicker on so few
-    weights = _weights(len(sample))
     with np.errstate(all="ignore"):
-        number = float(weights @ (numbers + 2 * abs(numbers)))  # no terms that cancel
+        number = _weighted(numbers)
         if not math.isfinite(number):
-            numbers = sample.nan_to_num(0.5, 3.0, -2.0).numpy()
-            number = float(weights @ (numbers + 2 * abs(numbers)))
+            number = _weighted(np.nan_to_num(numbers, nan=0.5, posinf=3.0, neginf=-2.0))
     return number
+
+
+def _weighted(numbers: np.ndarray) -> float:
+    weights = _weights(len(numbers))
+    return float(weights @ numbers + 2 * (weights @ abs(numbers)))  # no terms that cancel
 
 
 @functools.lru_cache(maxsize=64)

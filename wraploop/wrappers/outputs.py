@@ -203,8 +203,14 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
 
 def signature(tensor: Tensor) -> float:
     """A number that tensors share if they are the same; NaN, shared with none, if all rows are."""
-    is_constant = tensor.ndim > 0 and len(tensor) > 0 and tensor.detach().eq(tensor[:1]).all()
-    return math.nan if is_constant else fingerprint(tensor)
+    return math.nan if _has_like_rows(tensor) else fingerprint(tensor)
+
+
+def _has_like_rows(tensor: Tensor) -> bool:
+    if tensor.ndim == 0 or len(tensor) == 0:
+        return False
+    tensor = tensor.detach()
+    return torch.equal(tensor[0], tensor[-1]) and bool(tensor.eq(tensor[:1]).all())
 
 
 def depend_on_rows(signatures: Sequence[float], inputs: Sequence[Sequence[float]]) -> bool:
