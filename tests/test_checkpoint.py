@@ -24,7 +24,7 @@ from wraploop.callbacks.checkpoints import Checkpoints
 from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.checkpoint import NotWhole, copied, newest, read, write
-from wraploop.events import StepEnd
+from wraploop.events import EpochEnd, StepEnd
 from wraploop.phases import TrainingPhase
 
 
@@ -314,6 +314,24 @@ def test_sigterm_saves_and_leaves_and_is_somebody_elses_afterwards(tmp_path):
     assert left.value.code == 143
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_sigterm_after_the_last_step_saves_and_leaves_too(tmp_path):
+    one = learner(History(), Checkpoints(tmp_path, None, every_epochs=2))
+
+    @one.on(EpochEnd)
+    def tell(learner):
+        if not isinstance(learner.phase, TrainingPhase):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        one.fit(1)
+    assert left.value.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+    again = learner(History(), Checkpoints(tmp_path, None))
+    again.fit(1, resume="auto")  # which has nothing left to do
+    assert again.history[TrainingPhase].steps == 4
+    assert_same(again.model.state_dict(), one.model.state_dict())
 
 
 def test_who_cannot_end_a_step_is_ended(tmp_path):

@@ -8,7 +8,7 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from typing_extensions import override
 
@@ -145,8 +145,7 @@ class Checkpoints(Callback):
             self._save(learner, Saved(f"step_{steps:08}"))
         if is_leaving:
             self._leaving.reach()
-            processes.on_main(self._writer.wait)
-            raise SystemExit(EXIT_STATUS)
+            self._leave()
 
     @on(EpochEnd)
     def save(self, learner: Learner) -> None:
@@ -165,15 +164,26 @@ class Checkpoints(Callback):
 
     @on(FitEnd)
     def end(self, learner: Learner) -> None:
-        """Saves that the fit is over, if a callback stopped it; waits until all is written."""
+        """Saves that the fit is over, if a callback stopped it; waits until all is written.
+
+        If the process has been told to end since it was last asked, it does.
+        """
         self._leaving.end()
         position = learner.position
-        if position and position.stopped and not (learner.step.cancelled and _is_cut(position)):
-            self._save(learner, Saved(f"step_{steps_of(learner):08}"))
         if position and position.broken:
             self._writer.wait()
-        else:
-            processes.on_main(self._writer.wait)
+            return
+        is_leaving = self._leaving.was_told()
+        if position and (position.stopped or is_leaving):
+            if not (learner.step.cancelled and _is_cut(position)):
+                self._save(learner, Saved(f"step_{steps_of(learner):08}"))
+        if is_leaving:
+            self._leave()
+        processes.on_main(self._writer.wait)
+
+    def _leave(self) -> NoReturn:
+        processes.on_main(self._writer.wait)
+        raise SystemExit(EXIT_STATUS)
 
     def _save(self, learner: Learner, new: Saved) -> None:
         self.saved = [*(each for each in self.saved if each.name != new.name), new]

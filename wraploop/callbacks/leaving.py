@@ -77,6 +77,10 @@ class Leaving:
         self._asked_s = now_s
         return any(told for told, _ in said)
 
+    def was_told(self) -> bool:
+        """Whether it has been told to leave until `end`; alike in all processes."""
+        return any(processes.gather(self._is_told))
+
     def reach(self) -> None:
         """A step has ended in time: what remains to be done may take as long as it takes."""
         self._in_time.set()
