@@ -1,9 +1,12 @@
 """What wrappers take from torch's private parts is still there and still means the same."""
 
+import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from wraploop.wrappers import internals
+from wraploop.wrappers.threads import Threads
 
 
 class Asking(torch.autograd.Function):
@@ -38,10 +41,37 @@ def test_a_backward_says_where_it_goes_and_whether_it_keeps_its_graph():
     assert ask(lambda out, x, leaf: out.backward())["kept"] is False
 
 
-def test_saved_tensor_hooks_and_modes_are_seen():
+@pytest.mark.skipif(internals._saved_tensors_hooks is None, reason="torch does not say so, < 2.8")
+def test_saved_tensor_hooks_are_seen():
     assert not internals.has_saved_tensors_hooks()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert internals.has_saved_tensors_hooks()
+        assert internals.is_checkpointing()
+    with torch.autograd.graph.saved_tensors_hooks(internals.as_it_is, internals.as_it_is):
+        assert not internals.is_checkpointing()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_seen_where_torch_does_not_say(monkeypatch, reentrant):
+    monkeypatch.setattr(internals, "_saved_tensors_hooks", None)
+    seen = []
+
+    def look():
+        seen.append((internals.has_saved_tensors_hooks(), internals.is_checkpointing()))
+
+    def forward(x):
+        look()
+        Threads().run([look, look], None)  # of which the first runs in this thread
+        return x * 2
+
+    look()
+    x = torch.ones(1, requires_grad=True)
+    checkpoint(forward, x, use_reentrant=reentrant)
+    assert seen[:2] == [(False, False), (True, True)]
+    assert sorted(seen[2:]) == [(False, False), (True, False)]
+
+
+def test_modes_are_seen():
     assert internals.function_modes() == []
     with torch.device("meta"):
         assert len(internals.function_modes()) == 1

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -56,9 +59,17 @@ def keeps_graph() -> bool:
         return True
 
 
+_saved_tensors_hooks = getattr(_C._autograd, "_top_saved_tensors_default_hooks", None)
+
+
 def has_saved_tensors_hooks() -> bool:
-    """Whether this thread does something to tensors saved for backward; no, if torch is silent."""
-    return _saved_tensors_hooks() is not None
+    """Whether this thread does something to tensors saved for backward.
+
+    Where torch does not say, before 2.8, whether it checkpoints.
+    """
+    if _saved_tensors_hooks is None:
+        return _is_run_by(_CHECKPOINT)
+    return _saved_tensors_hooks(True) is not None
 
 
 def as_it_is(saved: Any) -> Any:
@@ -68,15 +79,25 @@ def as_it_is(saved: Any) -> Any:
 
 def is_checkpointing() -> bool:
     """Whether tensors saved in this thread are kept otherwise than `as_it_is`."""
-    hooks = _saved_tensors_hooks()
+    if _saved_tensors_hooks is None:
+        return _is_run_by(_CHECKPOINT, _LANES)
+    hooks = _saved_tensors_hooks(True)
     return hooks is not None and hooks[0] is not as_it_is
 
 
-def _saved_tensors_hooks() -> Any:
-    try:
-        return _C._autograd._top_saved_tensors_default_hooks(True)
-    except AttributeError:
-        return None
+_CHECKPOINT = "torch.utils.checkpoint"
+_LANES = f"{__package__}.threads"  # whoever runs in one has none of the calling thread's hooks
+
+
+def _is_run_by(module: str, before: str = "") -> bool:
+    """Whether a function of `module` runs the caller, nearer than any of the module `before`."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__")
+        if name in (module, before):
+            return name == module
+        frame = frame.f_back
+    return False
 
 
 def wake_engine() -> None:
@@ -162,7 +183,9 @@ def not_compiled(function: F) -> F:
 
     alone.__name__, alone.__doc__ = function.__name__, function.__doc__
     alone._torchdynamo_disable = True  # pyright: ignore[reportFunctionMemberAccess]
-    if hasattr(frames, "set_code_exec_strategy"):
+    if hasattr(frames, "skip_code"):  # before torch 2.7
+        frames.skip_code(alone.__code__)
+    elif hasattr(frames, "set_code_exec_strategy"):
         skipped = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
         frames.set_code_exec_strategy(alone.__code__, skipped)
     return alone  # pyright: ignore[reportReturnType]
@@ -207,11 +230,19 @@ def foreach_copy(into: list[Tensor], values: list[Tensor]) -> None:
 
 def unflatten(flat: Tensor, like: list[Tensor]) -> list[Tensor]:
     """Views of `flat`, one after the other, of the shapes of `like`, in few calls."""
-    views = getattr(_C._nn, "unflatten_dense_tensors", None)
-    if views is not None:
+    if views := _views():
         return list(views(flat, like))
     pieces = flat.split([tensor.numel() for tensor in like])
     return [piece.view_as(tensor) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+@functools.cache
+def _views() -> Any:
+    """Torch's own `unflatten`, if it is right: torch 2.6 forgets the shape of empty tensors."""
+    views = getattr(_C._nn, "unflatten_dense_tensors", None)
+    with torch.inference_mode(False):
+        empty = torch.empty(0, 2, device="cpu")
+    return views if views and views(empty.view(0), [empty])[0].shape == empty.shape else None
 
 
 def depends_on(outs: Iterable[Tensor], leaf: Tensor) -> bool:
