@@ -50,7 +50,7 @@ class Collectives:
     def broadcast(self, tensor: Tensor, timeout_s: float) -> None:
         """Overwrites `tensor` with rank 0's."""
         if tensor.is_complex():  # which gloo does not broadcast before torch 2.7
-            tensor = torch.view_as_real(tensor)
+            tensor = torch.view_as_real(tensor.conj() if tensor.is_conj() else tensor)
         source = 0 if self.group is None else dist.get_global_rank(self.group, 0)
         work = dist.broadcast(tensor, source, group=self.group, async_op=True)
         self._wait(work, timeout_s)
