@@ -228,3 +228,31 @@ def cross_correlation_of_normalized_features(m, o, k):
         o.net, (1 - c.diagonal()).square().sum() + 0.01 * (c - c.diagonal().diag()).square().sum()
     )
     return c
+
+
+class NormOfSome(nn.Module):
+    """Normalises the rows whose first number is positive."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = normed()
+
+    def forward(self, x):
+        kept = x[:, 0] > 0
+        return x.new_zeros(len(x), 2).index_put((kept,), self.net(x[kept]))
+
+
+@step(net=NormOfSome)
+def batchnorm_of_rows_that_not_every_shard_has(m, o, k):
+    x = randn(k, 8, 3)
+    x[:, 0] = torch.where(torch.arange(8) < 2, 1.0, -1.0) * x[:, 0].abs()
+    out = m.net(x)
+    update(o.net, out.square().mean())
+    return out
+
+
+@step(net=partial(nn.BatchNorm1d, 3))
+def batchnorm_of_infinity(m, o, k):
+    x = randn(k, 7, 3)
+    x[2, 1] = torch.inf
+    return m.net(x)

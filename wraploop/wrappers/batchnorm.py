@@ -109,7 +109,7 @@ class GlobalBatchNorm(_BatchNorm):
         unbiased = whole.variance * (whole.number / (whole.number - 1))
         for running, now in ((self.running_mean, whole.mean), (self.running_var, unbiased)):
             assert running is not None
-            running.lerp_(now.to(running.dtype), step)
+            running.mul_(1 - step).add_(now.to(running.dtype), alpha=step)  # as torch, with inf too
 
 
 def _axes(x: Tensor) -> list[int]:
