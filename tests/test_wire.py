@@ -1,13 +1,17 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from tests.wires import CLAIMS, LAST, SIZES
+from wraploop.processes.links import GIVEN_UP, GivenUpError, Incoming, Outgoing
+from wraploop.processes.wire import Wire
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,3 +53,18 @@ def test_on_the_wire(claim, size, wrong):
 def test_at_the_end(claim, size, wrong):
     found, err = wrong
     assert found.get((claim, size)) == {rank: "" for rank in range(size - 1)}, err
+
+
+def test_a_head_that_came_too_early_and_has_no_rest_is_not_waited_for():
+    (own, theirs), (to, unread) = socket.socketpair(), socket.socketpair()
+    wire = Wire(0, 2, [Outgoing(to, 1)], [Incoming(own, 1)])
+    with theirs, unread:
+        early = Outgoing(theirs, 0)
+        early.put(GIVEN_UP, 2, [])
+        early.push()
+        begun_s = time.monotonic()
+        for _ in range(2):
+            with pytest.raises(GivenUpError):
+                wire.gather([b"1"], 9.0)
+        assert time.monotonic() - begun_s < 9
+    wire.close()

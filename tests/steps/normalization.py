@@ -251,6 +251,15 @@ def batchnorm_of_rows_that_not_every_shard_has(m, o, k):
     return out
 
 
+@step(net=NormOfSome)
+def batchnorm_of_rows_that_no_shard_has(m, o, k):
+    x = randn(k, 8, 3)
+    x[:, 0] = -x[:, 0].abs() if k % 2 else x[:, 0].abs()
+    out = m.net(x)
+    update(o.net, (out - 1).square().mean())
+    return out
+
+
 @step(net=partial(nn.BatchNorm1d, 3))
 def batchnorm_of_infinity(m, o, k):
     x = randn(k, 7, 3)

@@ -103,6 +103,11 @@ class Incoming(Link):
         self._own: bytearray | None = None  # what it comes into, unless that is the caller's
         self._had = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the head of a message has come; its rest may have none, and nothing follows."""
+        return self._number >= 0
+
     def pull(self, kind: int, number: int, target: memoryview | None) -> Bytes | None:
         """The next message for the collective `number`, in `target` if there is one.
 

@@ -187,9 +187,9 @@ class Wire:
         until_s: float,
     ) -> Bytes:
         """Sends what is there to be sent, and receives a message at the same time."""
-        received = None
         self._is_moving = True
         sent = outgoing.push()
+        received = incoming.pull(kind, self._number, target) if incoming.has_begun else None
         self._is_moving = False
         while not sent or received is None:
             _wait(None if sent else outgoing, incoming if received is None else None, until_s)

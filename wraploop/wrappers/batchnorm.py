@@ -84,7 +84,7 @@ class GlobalBatchNorm(_BatchNorm):
         given = input, self.weight, self.bias
         x, weight, bias = (t.float() if half and t is not None else t for t in given)
         whole = _statistics(x, shard)
-        if whole.number <= 1:
+        if whole.number == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, got input of shape "
                 f"{tuple(input.shape)} in a batch of one row."
@@ -103,6 +103,8 @@ class GlobalBatchNorm(_BatchNorm):
         if self.num_batches_tracked is None or self.running_mean is None:
             return
         self.num_batches_tracked.add_(1)
+        if not whole.number:
+            return
         step = self.momentum
         if step is None:
             step = 1.0 / float(self.num_batches_tracked)
@@ -222,7 +224,7 @@ def _at_once(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     scale = scale if weight is None else scale * weight
     if ctx.shard.rows == 0:  # a borrowed row, which is in no sum
         return grad * scale.view(_channels(x)), with_n, alone
-    slope, height = (scale * part for part in _tensors(sums * (-1 / number), x))
+    slope, height = (scale * part for part in _tensors(sums * (-1 / max(1.0, number)), x))
     found = batch_norm(x, mean, variance, slope, height, False, 0.0, ctx.eps)
     return found.addcmul_(grad, scale.view(_channels(x))), with_n, alone
 

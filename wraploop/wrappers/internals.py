@@ -209,7 +209,7 @@ def batch_norm_sums(
 ) -> tuple[Tensor, Tensor]:
     """For each channel the sum of `grad` times the normalised `x`, and of `grad`, in one pass."""
     sums = getattr(torch.ops.aten, "native_batch_norm_backward", None)
-    if sums is not None and len(x):  # of no rows it divides by 0, which ends the process
+    if sums is not None and x.numel():  # of nothing: it divides by 0, which ends the process
         wanted = [False, True, True]
         _, with_n, alone = sums(grad, x, None, mean, variance, None, None, False, eps, wanted)
         return with_n, alone
