@@ -202,6 +202,22 @@ def test_checkpointing_over_dropout_in_a_lane_is_refused():
     assert model.eval()(torch.randn(4, 3)).shape == (4, 4)
 
 
+def test_a_transform_of_a_batch_norm_inside_a_lane_is_refused():
+    class Transforming(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3, track_running_stats=False)
+
+        def forward(self, x):
+            return torch.func.vjp(lambda x: self.norm(x).sin(), x)[0]
+
+    x = torch.randn(4, 3)
+    with pytest.raises(NotImplementedError, match="Transform a call of the wrapped model"):
+        ThreadedCPUParallel(Transforming(), threads=2)(x)
+    apart = ThreadedCPUParallel(Transforming(), threads=2, sync_batchnorm=False)
+    assert torch.equal(apart(x)[:2], Transforming()(x[:2]))
+
+
 def test_a_forked_process_has_lanes_of_its_own():
     model = ThreadedCPUParallel(nn.Linear(3, 2), threads=3)
     model(torch.randn(6, 3)).sum().backward()

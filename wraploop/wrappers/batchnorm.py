@@ -33,6 +33,11 @@ from .internals import batch_norm_sums, is_transformed, not_compiled
 from .shard import Shard, current, sum_over_shards
 
 _LAST_SHARD = "_wraploop_shard"
+_TRANSFORMED = (
+    "A transform of torch.func, or forward-mode differentiation, goes over a batch norm inside a "
+    "wrapped module, where what the other shards have cannot be transformed. Transform a call of "
+    "the wrapped model as a whole, or wrap it with sync_batchnorm=False."
+)
 
 
 def batch_mean(tensor: Tensor) -> Tensor:
@@ -73,12 +78,16 @@ class GlobalBatchNorm(_BatchNorm):
 
         Raises:
             ValueError: the batch has one value per channel.
+            NotImplementedError: a transform of torch.func goes over it.
         """
         of_this_batch = self.training or self.running_mean is None
         shard = current() or self.__dict__.get(_LAST_SHARD)  # checkpointing repeats it in backward
         if shard is None or not of_this_batch:
             return super().forward(input)
         self.__dict__[_LAST_SHARD] = shard
+        transformed = is_transformed()
+        if transformed and not torch.compiler.is_compiling():
+            raise NotImplementedError(_TRANSFORMED)
         self._check_input_dim(input)
         half = input.dtype in (torch.float16, torch.bfloat16)
         given = input, self.weight, self.bias
@@ -93,7 +102,7 @@ class GlobalBatchNorm(_BatchNorm):
             self._track(whole)
         if shard.is_whole:  # not with its buffers: torch's kernel writes to them unseen
             out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        elif is_transformed():
+        elif transformed:
             out = _normalised(x, weight, bias, shard, self.eps)
         else:
             out = _Normalise.apply(x, weight, bias, shard, self.eps, whole)
