@@ -5,8 +5,9 @@ Each wrapper trains in a process of its own, or two under torchrun. Resident mem
 standard error of the mean change from reading to reading, since memory moves in jumps.
 
 Fails where growth with its noise is above 300 bytes a step. The smallest thing of a graph that a
-step can leak is a tensor of one number, some 550 bytes. The last row keeps one a step: where its
-growth less its noise is not above that bound, a leak could not have been seen, and this fails too.
+step can leak is a tensor of one number, some 550 bytes, and what it keeps the allocator from giving
+back. The last row keeps one a step: where its growth less its noise is not above that bound, a leak
+could not have been seen, and this fails too.
 A learner's record of two losses takes 32 bytes a step, and is in every row.
 """
 
