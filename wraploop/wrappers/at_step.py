@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from wraploop.processes.channel import Channel
 
 from .rank import Rank
+from .recent import keep
 from .reducer import Reducer
 
 _MOST_REDUCERS = 4
@@ -57,10 +58,8 @@ class AtStep:
     def _reducer_for(self, leaves: list[Tensor]) -> Reducer:
         """The one that has summed gradients of that kind before: it keeps the memory for them."""
         kind = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-        reducer = self._reducers.pop(kind, None) or reducer_for(self._rank, leaves)
-        self._reducers[kind] = reducer  # now the last
-        if len(self._reducers) > _MOST_REDUCERS:
-            del self._reducers[next(iter(self._reducers))]
+        reducer = self._reducers.get(kind) or reducer_for(self._rank, leaves)
+        keep(self._reducers, kind, reducer, _MOST_REDUCERS)
         return reducer
 
 

@@ -31,6 +31,7 @@ from .noise import RandomFingerprint
 from .outputs import Ran, signature
 from .rank import Rank
 from .ranks import BOUNDARY, depending, parameters_in
+from .recent import keep
 from .replicas import Replicas
 from .shard import running
 from .tree import Place, Tree, current_tree
@@ -169,7 +170,7 @@ class LocalRunner:
 
     def _replicas_for(self, rank: Rank, meets: bool) -> Replicas:
         key = (tuple(rank.counts), rank.synced) if meets else None
-        replicas = self._replicas.pop(key, None)
+        replicas = self._replicas.get(key)
         if replicas is None:
             replicas = Replicas(
                 self.module,
@@ -179,9 +180,7 @@ class LocalRunner:
                 observes=False,
                 rows=self._rows,
             )
-        self._replicas[key] = replicas  # now the last
-        if len(self._replicas) > _MOST_SPLITS:
-            del self._replicas[next(iter(self._replicas))]
+        keep(self._replicas, key, replicas, _MOST_SPLITS)
         return replicas
 
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:

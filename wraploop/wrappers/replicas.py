@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .batchnorm import global_class
+from .recent import keep
 from .replica import Replica
 from .tree import Place, Tree, current_tree
 
@@ -65,12 +66,10 @@ class Replicas:
             self._tree = tree
             self._sets.clear()
         frozen = tuple(not parameter.requires_grad for parameter in tree.parameters)
-        replicas = self._sets.pop(frozen, [])
+        replicas = self._sets.get(frozen, [])
         if not all(replica.is_current() for replica in replicas):
             replicas = []
-        self._sets[frozen] = replicas  # now the last
-        if len(self._sets) > _MOST_SETS:
-            del self._sets[next(iter(self._sets))]
+        keep(self._sets, frozen, replicas, _MOST_SETS)
         if len(replicas) < len(devices):
             with torch.inference_mode(False):
                 for device in devices[len(replicas) :]:
