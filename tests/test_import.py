@@ -1,12 +1,19 @@
 """What importing the package costs over importing torch."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+import wraploop
 
 PRINT_NEW = """
 import sys, torch
 before = set(sys.modules)
 import wraploop
+from wraploop import *
 print(*set(sys.modules) - before)
 """
 SELDOM_NEEDED = ("statistics", "torch._dynamo", "torch._inductor", "torch.distributed.elastic")
@@ -23,15 +30,48 @@ def test_an_import_loads_little_that_torch_has_not():
     assert not new.intersection(SELDOM_NEEDED)
 
 
-def test_what_gans_need_is_imported_when_it_is_asked_for():
+def test_names_are_imported_when_they_are_asked_for():
     script = (
         "import sys, wraploop\n"
-        "assert not any(name.startswith('wraploop.gan') for name in sys.modules)\n"
-        "assert {'gan', 'GANTraining', 'callbacks'} <= set(dir(wraploop))\n"
+        "def loaded():\n"
+        "    return {n for n in sys.modules if n.startswith('wraploop.')}\n"
+        "assert not loaded()\n"
+        "assert {'gan', 'GANTraining', 'callbacks', 'Learner'} <= set(dir(wraploop))\n"
         "assert not hasattr(wraploop, 'gans')\n"
+        "wraploop.DistributedModel, wraploop.ThreadedCPUParallel, wraploop.wrap\n"
+        "halves = ('wraploop.wrappers', 'wraploop.processes')\n"
+        "assert not [name for name in loaded() if not name.startswith(halves)]\n"
         "assert wraploop.GANTraining is wraploop.gan.GANTraining\n"
+        "assert wraploop.schedules is sys.modules['wraploop.schedules']\n"
+        "from wraploop.lr_finder import LRSweep\n"
         "from wraploop import *\n"
+        "assert callable(lr_find) and Learner is wraploop.learner.Learner\n"
         "from wraploop import gan as imported\n"
         "assert imported is gan is sys.modules['wraploop.gan']\n"
     )
     subprocess.run([sys.executable, "-c", script], timeout=100, check=True)
+
+
+def test_type_checkers_see_the_same_names():
+    homes = vars(wraploop)["_HOMES"]
+    stub = ast.parse(Path(wraploop.__file__).with_suffix(".pyi").read_text())
+    seen = {
+        alias.name: node.module
+        for node in stub.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == {**dict.fromkeys(("callbacks", "gan", "processes")), **homes}
+    (names,) = (node.value for node in stub.body if isinstance(node, ast.Assign))
+    assert set(ast.literal_eval(names)) == set(wraploop.__all__) == seen.keys()
+    modules = {path.stem for path in Path(wraploop.__file__).parent.glob("*.py")}
+    assert not modules & homes.keys()  # else a module takes its name's place
+
+
+def test_an_error_inside_a_module_is_not_taken_for_a_missing_name(monkeypatch):
+    def fail(name, package=None):
+        raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
+
+    monkeypatch.setattr(wraploop, "import_module", fail)
+    with pytest.raises(ModuleNotFoundError, match="accelerate"):
+        getattr(wraploop, "no_such_module")  # noqa: B009

@@ -13,7 +13,7 @@ from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.scheduler import Scheduler
 from wraploop.gan import GANTraining
-from wraploop.lr_find import LRSweep, lr_find
+from wraploop.lr_finder import LRSweep, lr_find
 from wraploop.phases import AbstractTrainingPhase, TrainingPhase
 
 

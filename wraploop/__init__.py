@@ -10,106 +10,52 @@ Execution   ModelWrapper     runs a model elsewhere: ThreadedCPUParallel, DataPa
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
-from . import callbacks, processes
-from .callback import Callback, on
-from .data import shard
-from .events import (
-    BackwardBegin,
-    BackwardEnd,
-    CancelEpoch,
-    CancelFit,
-    CancelStep,
-    EpochBegin,
-    EpochEnd,
-    Event,
-    FitBegin,
-    FitEnd,
-    LossBegin,
-    StepBegin,
-    StepEnd,
-)
-from .freezing import freeze, frozen, unfreeze
-from .images import image_grid
-from .learner import Learner
-from .lr_find import lr_find
-from .phases import (
-    AbstractTrainingPhase,
-    AbstractValidationPhase,
-    Phase,
-    TrainingPhase,
-    ValidationPhase,
-)
-from .plots import plot_schedule
-from .recipes import fine_tune, fit_one_cycle
-from .schedules import one_cycle
-from .wrappers.batch import shared
-from .wrappers.batchnorm import batch_mean
-from .wrappers.data_parallel import DataParallel
-from .wrappers.distributed import DistributedModel
-from .wrappers.spec import wrap
-from .wrappers.threaded import ThreadedCPUParallel
-from .wrappers.wrapper import ModelWrapper
-
-if TYPE_CHECKING:
-    from . import gan
-    from .gan import GANTraining
+from typing import Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "AbstractTrainingPhase",
-    "AbstractValidationPhase",
-    "BackwardBegin",
-    "BackwardEnd",
-    "Callback",
-    "CancelEpoch",
-    "CancelFit",
-    "CancelStep",
-    "DataParallel",
-    "DistributedModel",
-    "EpochBegin",
-    "EpochEnd",
-    "Event",
-    "FitBegin",
-    "FitEnd",
-    "GANTraining",
-    "Learner",
-    "LossBegin",
-    "ModelWrapper",
-    "Phase",
-    "StepBegin",
-    "StepEnd",
-    "ThreadedCPUParallel",
-    "TrainingPhase",
-    "ValidationPhase",
-    "batch_mean",
-    "callbacks",
-    "fine_tune",
-    "fit_one_cycle",
-    "freeze",
-    "frozen",
-    "gan",
-    "image_grid",
-    "lr_find",
-    "on",
-    "one_cycle",
-    "plot_schedule",
-    "processes",
-    "shard",
-    "shared",
-    "unfreeze",
-    "wrap",
-]
+_NAMES = {  # of each module, those that are this package's too; `__init__.pyi` has the same
+    "callback": "Callback on",
+    "data": "shard",
+    "events": (
+        "BackwardBegin BackwardEnd CancelEpoch CancelFit CancelStep EpochBegin EpochEnd"
+        " Event FitBegin FitEnd LossBegin StepBegin StepEnd"
+    ),
+    "freezing": "freeze frozen unfreeze",
+    "gan": "GANTraining",
+    "images": "image_grid",
+    "learner": "Learner",
+    "lr_finder": "lr_find",
+    "phases": ("AbstractTrainingPhase AbstractValidationPhase Phase TrainingPhase ValidationPhase"),
+    "plots": "plot_schedule",
+    "recipes": "fine_tune fit_one_cycle",
+    "schedules": "one_cycle",
+    "wrappers.batch": "shared",
+    "wrappers.batchnorm": "batch_mean",
+    "wrappers.data_parallel": "DataParallel",
+    "wrappers.distributed": "DistributedModel",
+    "wrappers.spec": "wrap",
+    "wrappers.threaded": "ThreadedCPUParallel",
+    "wrappers.wrapper": "ModelWrapper",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+
+__all__ = [*_HOMES, "callbacks", "gan", "processes"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """`gan` is imported when it is first asked for: a tenth of the import, and few need it."""
-    if name not in ("gan", "GANTraining"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    gan = import_module(f"{__name__}.gan")
-    return gan if name == "gan" else gan.GANTraining
+    """Names and modules are imported when first asked for: who wraps a model needs no loop."""
+    if name in _HOMES:
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+        globals()[name] = value
+        return value
+    module = f"{__name__}.{name}"
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
