@@ -56,7 +56,6 @@ class ModelWrapper(nn.Module):
     module: nn.Module
     methods: tuple[str, ...]
     sync_batchnorm: bool
-    training: bool
     speaks = False  # whether calls are exchanges with other processes, which lanes cannot make
 
     def __init__(
@@ -75,7 +74,6 @@ class ModelWrapper(nn.Module):
         self.module = module
         self.methods = tuple(methods)
         self.sync_batchnorm = sync_batchnorm
-        self.training = module.training
 
     def _check_inside(self) -> None:
         """Checks that nothing in the module speaks with other processes: lanes cannot."""
@@ -176,11 +174,23 @@ class ModelWrapper(nn.Module):
 
     # From outside, the module
 
-    def train(self, mode: bool = True) -> Self:
-        """Puts the module into training mode, or evaluation mode."""
-        self.training = mode
-        self.module.train(mode)
-        return self
+    @property
+    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the module is in training mode."""
+        return self.module.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        module = self.__dict__.get("_modules", {}).get("module")
+        if module is not None:  # torch's `Module.__init__` sets it too
+            module.training = mode
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Puts the module into training mode, or evaluation mode: its own method `train`."""
+        if "train" in self.methods:
+            return self._make(Call("train", args, kwargs))
+        found = self._guarded("train", self.module.train)(*args, **kwargs)
+        return self if found is self.module else found
 
     def apply(self, fn: Callable[[nn.Module], Any]) -> Self:
         """Applies `fn` to each of the module's modules, itself last."""
