@@ -287,3 +287,37 @@ def test_a_batch_norm_of_half_precision_is_the_plain_one_but_for_rounding(dtype)
     for mine, theirs in zip(inner.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.05, atol=0.05)
     torch.testing.assert_close(inner.running_var, plain.running_var, rtol=0.02, atol=0.02)
+
+
+class Following(nn.Module):
+    """Moves parameters in place in its forward, which lanes share."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast, self.slow = nn.Linear(3, 4), nn.Linear(3, 4).requires_grad_(False)
+
+    def forward(self, x):
+        out = self.fast(x) * self.slow(x)
+        with torch.no_grad():
+            self.slow.weight.mul_(0.9).add_(self.fast.weight, alpha=0.1)
+        return out
+
+
+def test_lanes_refuse_a_forward_that_moves_parameters_in_place(wrap_in_lanes):
+    with pytest.raises(NotImplementedError, match=r"writes to the parameter 'slow.weight'"):
+        wrap_in_lanes(Following())(torch.randn(6, 3))
+
+
+class Trained(nn.Linear):
+    """Has a `train` of its own, as layers of the forward-forward algorithm."""
+
+    def train(self, inputs=True, steps=1):
+        return super().train(inputs) if isinstance(inputs, bool) else steps
+
+
+def test_a_train_of_the_modules_own_is_kept(wrap):
+    net = wrap(Trained(3, 2))
+    assert net.train() is net
+    assert net.train("sgd", steps=3) == 3
+    with pytest.raises(TypeError, match="'train' was called with tensors"):
+        net.train(torch.ones(4, 3))

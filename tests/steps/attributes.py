@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wraploop import batch_mean
 
-from .registry import mlp, randint, randn, step, update
+from .registry import SGD, mine, mlp, randint, randn, step, update
 
 
 class Auxiliary(nn.Module):
@@ -294,3 +294,115 @@ def modes_and_attributes_asked_of_the_model(m, o, k):
     m.net.to(torch.float64)
     update(o.net, m.net(randn(k, 7, 3)).square().mean())
     return facts
+
+
+class Remembering(nn.Module):
+    """Leaves traces of a forward in every kind of attribute, and uses those that it finds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.losses: list[torch.Tensor] = []
+        self.kept: dict[str, torch.Tensor] = {}
+        self.state: torch.Tensor | None = None
+        self.is_later = False
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.state is not None:
+            h = h + self.state
+        h = h * 2 if self.is_later else h
+        self.state, self.is_later = h, True
+        self.kept["mean"] = self.kept.get("mean", 0) + h.detach()
+        self.losses.append(h.square().mean())
+        return h + self.kept["mean"]
+
+
+@step(net=Remembering, steps=5, local="mean")
+def attributes_reset_after_each_forward(m, o, k):
+    out = m.net(mine(randn(k, 7, 3)))
+    update(o.net, out.square().mean() + sum(m.net.losses))
+    m.net.losses.clear()
+    m.net.kept.clear()
+    m.net.state, m.net.is_later = None, False
+
+
+class WrittenThroughData(nn.Module):
+    """Writes to its buffers by ways that count no version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("square", torch.zeros(4))
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("has_begun", torch.zeros(1, dtype=torch.bool))
+
+    def forward(self, x):
+        h = self.layer(x)
+        average = batch_mean(h.detach())
+        self.mean.data.lerp_(average, 0.1)
+        self.square.numpy()[:] = average.square().numpy()
+        self.calls.data.add_(1)
+        self.has_begun.data.fill_(True)
+        return h * self.calls - self.mean - self.square
+
+
+@step(net=WrittenThroughData, local="mean")
+def buffers_written_through_data(m, o, k):
+    update(o.net, m.net(mine(randn(k, 7, 3))).square().mean())
+
+
+class KeysFollowing(nn.Module):
+    """A key encoder that follows by moving averages in the forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries, self.keys = nn.Linear(3, 4), nn.Linear(3, 4).requires_grad_(False)
+
+    def forward(self, x):
+        for key, query in zip(self.keys.parameters(), self.queries.parameters(), strict=True):
+            key.data = 0.9 * key.data + 0.1 * query.data
+        return self.queries(x) * self.keys(x)
+
+
+@step(
+    net=KeysFollowing, optimizers=lambda m: {"net": SGD(m.net.queries.parameters())}, local="mean"
+)
+def layers_given_other_data_in_forward(m, o, k):
+    update(o.net, m.net(mine(randn(k, 7, 3))).square().mean())
+
+
+class OnAGraph(nn.Module):
+    """A graph's links in a sparse buffer, as graph networks keep them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        links = torch.eye(3) + torch.eye(3).roll(1, 0)
+        self.register_buffer("links", links.to_sparse())
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer((self.links @ x.T).T)
+
+
+@step(net=OnAGraph, local="mean")
+def sparse_buffer(m, o, k):
+    out = m.net(mine(randn(k, 7, 3)))
+    update(o.net, out.square().mean())
+
+
+class Moody(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) * (2 if self.training else 3)
+
+
+@step(net=Moody, local="mean")
+def training_flag_set_by_hand(m, o, k):
+    m.net.training = k == 1
+    update(o.net, m.net(mine(randn(k, 7, 3))).square().mean())
+    return m.net.training, next(m.net.modules()).training

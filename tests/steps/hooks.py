@@ -230,3 +230,31 @@ def forward_hook_that_appends_to_a_global(m, o, k):
     handle.remove()
     update(o.net, first.mean() + second.mean() + sum(x.square().mean() for x in SEEN))
     return SEEN
+
+
+class Recording(nn.Module):
+    """Holds the model, and a list in which hooks on its layers put what they make."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+        self.seen: list[torch.Tensor] = []
+        self.has_hooks = False
+
+    def keep(self, layer, inputs, output):
+        self.seen.append(output)
+
+    def forward(self, x):
+        self.seen.clear()
+        if not self.has_hooks:
+            self.has_hooks = bool(self.net[0].register_forward_hook(self.keep))
+        return self.net(x), torch.stack(self.seen, 1)
+
+
+@step(net=lambda: mlp(3, 4, 2))
+def features_kept_by_a_module_around_the_model(m, o, k):
+    if k == 0:
+        m.around = Recording(m.net)
+    out, seen = m.around(randn(k, 7, 3))
+    update(o.net, out.square().mean() + seen.square().mean())
+    return seen

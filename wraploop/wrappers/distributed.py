@@ -16,7 +16,7 @@ from wraploop.processes.channel import Channel
 from .at_step import ReduceAt
 from .batch import Nest, rows_of
 from .call import Call
-from .internals import is_transformed
+from .internals import is_transformed, stored
 from .local_runner import LocalRunner, Reduction
 from .rank_runner import RankRunner
 from .tree import EXECUTION
@@ -209,7 +209,16 @@ def check_same_model(module: nn.Module, channel: Channel) -> None:
 def _described(module: nn.Module) -> list[str]:
     tensors = [("parameter", *item) for item in module.named_parameters()]
     tensors += [("buffer", *item) for item in module.named_buffers()]
-    return [f"{kind} {name!r} {tuple(t.shape)} {t.dtype}" for kind, name, t in tensors]
+    return [
+        f"{kind} {name!r} {tuple(t.shape)} {t.dtype}{_described_if_sparse(t)}"
+        for kind, name, t in tensors
+    ]
+
+
+def _described_if_sparse(tensor: Tensor) -> str:
+    if tensor.layout is torch.strided:
+        return ""
+    return f" ({tensor.layout}, {tensor._nnz()} elements)"
 
 
 def _padded(lines: list[str], length: int) -> list[str]:
@@ -224,4 +233,5 @@ def _bytes(text: str) -> Tensor:
 def broadcast(module: nn.Module, channel: Channel) -> None:
     """Gives every process rank 0's parameters and buffers."""
     for tensor in [*module.parameters(), *module.buffers()]:
-        channel.broadcast(tensor)
+        for part in stored(tensor):
+            channel.broadcast(part)

@@ -120,6 +120,24 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+def stored(tensor: Tensor) -> list[Tensor]:
+    """The dense tensors that `tensor` is stored as: itself, unless it is sparse."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor]
+
+
+def same_values(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors on one device are stored as the same values."""
+    if a.layout is torch.strided and b.layout is torch.strided:
+        return torch.equal(a, b)
+    return a.layout is b.layout and all(map(torch.equal, stored(a), stored(b)))
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Whether `tensor` is many derivatives at once (`is_grads_batched`, `vectorize`)."""
     try:

@@ -127,10 +127,10 @@ class LaneRunner:
         crossing.on_written = replicas[0].hand_back_recomputed
         wholes = crossing.come_out(outs[0])
         output = ran[0].whole(call, replicas[0], wholes, group.sizes[0])
-        if expected:
-            expected.check(call, output, ran[0])
         for replica in replicas:
             replica.settle()
+        if expected:
+            expected.check(call, output, ran[0])
         return output
 
     def _ran(
@@ -171,7 +171,11 @@ class LaneRunner:
             if is_compiled:
                 raise NotImplementedError(_COMPILED)
             self._draws[state] = True
-        return ran
+        written = {p for mine in ran for p, change in mine.changes.items() if change.is_in_place}
+        return [
+            mine._replace(changes={**replica.as_it_is(written - {*mine.changes}), **mine.changes})
+            for mine, replica in zip(ran, replicas, strict=True)
+        ]
 
 
 _COMPILED = (

@@ -186,16 +186,17 @@ class LocalRunner:
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
         """Puts in `wholes` the mean over ranks of what the forward has written to buffers."""
         at = len(tensors_of(ran.output))
-        places, values = [], []
-        for change in ran.changes.values():
+        places, values, names = [], [], []
+        for (_, name), change in ran.changes.items():
             for leaf in tensors_of(change.value):
                 if change.is_buffer and not change.is_agreed and leaf.is_floating_point():
                     places.append(at)
+                    names.append(name)
                     values.append(leaf.detach())
                 at += 1
         if values:
             moves: list[Move] = ["mean"] * len(values)
-            means, _ = rank.put_together("the buffers", values, moves, values)
+            means, _ = rank.put_together(f"the buffers {names}", values, moves, values)
             for place, mean in zip(places, means, strict=True):
                 wholes[place] = mean
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .batch import leaves_of
 from .call import Call
-from .internals import global_hooks
+from .internals import global_hooks, same_values
 from .noise import kept_random_state
 from .outputs import Ran
 from .replicas import Replicas, alias
@@ -31,12 +31,14 @@ class Expected(NamedTuple):
 
     Attributes:
         outputs: its tensors, by path.
+        parameters: by name, what the forward has written to parameters, and the parameters.
         changes: what it leaves in buffers and attributes, if that is a tensor.
         spread: how far outputs are apart, by path, if inputs are by a rounding error.
         precision: of the numbers that it has been computed with.
     """
 
     outputs: dict[str, Tensor]
+    parameters: dict[str, tuple[Tensor, Tensor]]
     changes: dict[Place, Tensor]
     spread: Callable[[], dict[str, Tensor]]
     precision: float
@@ -52,6 +54,9 @@ class Expected(NamedTuple):
         Raises:
             ValueError: it is something else.
         """
+        for name, (whole, mine) in self.parameters.items():
+            if not self._is_close(mine, whole, 0.0):
+                raise NotImplementedError(_WRITTEN.format(name))
         for path, mine in _tensors(output).items():
             whole = self.outputs.get(path)
             if whole is None or self._is_close(mine, whole, 0.0):
@@ -99,17 +104,18 @@ class Probe:
             return None
         with kept_random_state() as noise, torch.no_grad(), unsplit():
             try:
-                output, changes = self._made(call, [x.detach().clone() for x in call.inputs])
+                output, changes, parameters = self._made(call, _clone(call.inputs))
             except Exception:  # the shards' run will say what is wrong, or it needs gradients
                 return None
         if noise.drew:
             return None
-        return Expected(output, changes, partial(self._spread, call), _precision(output))
+        spread = partial(self._spread, call)
+        return Expected(output, parameters, changes, spread, _precision(output))
 
     def _spread(self, call: Call) -> dict[str, Tensor]:
         with kept_random_state(), torch.no_grad(), unsplit():
-            here, _ = self._made(call, [x.detach().clone() for x in call.inputs])
-            near, _ = self._made(call, list(map(_nearby, call.inputs)))
+            here, *_ = self._made(call, _clone(call.inputs))
+            near, *_ = self._made(call, list(map(_nearby, call.inputs)))
         off = {
             path: (here[path] - near[path]).abs().reshape(-1)
             for path in here.keys() & near.keys()
@@ -119,13 +125,21 @@ class Probe:
 
     def _made(
         self, call: Call, inputs: list[Tensor]
-    ) -> tuple[dict[str, Tensor], dict[Place, Tensor]]:
-        """What `call` returns, and what it leaves, on a copy of the module."""
+    ) -> tuple[dict[str, Tensor], dict[Place, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+        """What `call` returns, leaves, and writes to parameters, on a copy of the module."""
         replicas = Replicas(self._module, False, _clones, alone=False, observes=False)
-        _, (replica,) = replicas.get([None])
+        tree, (replica,) = replicas.get([None])
         output = _tensors(call.on(replica.module, inputs))
         changes = replica.changes().items()
-        return output, {p: c.value for p, c in changes if isinstance(c.value, Tensor)}
+        left = {p: c.value for p, c in changes if isinstance(c.value, Tensor)}
+        pairs = zip(replica.leaves, tree.parameters, strict=True)
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        written = {
+            names[id(p)]: (leaf.detach(), p)
+            for leaf, p in pairs
+            if id(p) in names and not same_values(leaf, p)
+        }
+        return output, left, written
 
 
 def _kept(holder: Any, name: str) -> object:
@@ -134,6 +148,10 @@ def _kept(holder: Any, name: str) -> object:
 
 def _tensors(output: object) -> dict[str, Tensor]:
     return {path: leaf for path, leaf in leaves_of(output) if isinstance(leaf, Tensor)}
+
+
+def _clone(inputs: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in inputs]
 
 
 def _nearby(tensor: Tensor) -> Tensor:
@@ -180,6 +198,12 @@ def _clones(
 
 
 _MANY = 100.0
+
+_WRITTEN = (
+    "The forward writes to the parameter {!r}, and in shards it has become something else than on "
+    "the whole batch: every shard writes to it, and by what it has of the batch. Write to it in "
+    "the step, outside of the forward, or keep it as a buffer."
+)
 
 _COUPLED = (
     "In shards, {} is not what the whole batch gives: the forward couples rows. If it takes a "

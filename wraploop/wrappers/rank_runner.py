@@ -126,9 +126,9 @@ class RankRunner:
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
         output = ran.whole(call, replica, wholes, rank.size)
+        replica.settle()
         if expected:
             expected.check(call, output, ran)
-        replica.settle()
         return output
 
     def _agreed(

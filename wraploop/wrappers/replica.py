@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 from .batchnorm import GlobalBatchNorm, global_class
 from .change import Change, restored, without
 from .copies import Copies
-from .internals import variables_behind, version_of
+from .internals import same_values, variables_behind, version_of
 from .observers import Observation, Observer, is_observer
 from .tree import (
     EXECUTION,
@@ -86,6 +86,7 @@ class Replica:
         self.rows = rows
         self._original = original
         self._is_checked = False
+        self._is_changed = False
         self._carried: dict[Place, Tensor] = {}
         self._tree = tree
         self._buffers = buffers
@@ -103,8 +104,11 @@ class Replica:
         known = set(map(Ref, tree.holders))
         objects = [(old, new) for old, new in self._copies.objects if Ref(old) in known]
         self._holders = [*self._modules, *objects]
-        self._inner = _not_of(self._modules, self._copies.containers)  # the tree knows the others
-        copied = [*(vars(old) for old, _ in self._copies.objects), *(old for old, _ in self._inner)]
+        self._inner = _not_of(self._modules, self._copies.containers)
+        in_tree = [(old, new) for old, new in self._modules if Ref(old) in known]
+        others = [old for old, _ in (*self._copies.objects, *_but(self._modules, in_tree))]
+        watched = _not_of(in_tree, self._copies.containers)
+        copied = [*map(vars, others), *(old for old, _ in watched)]
         self._originals = [(container, items(container)) for container in copied]
         nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
         near = {id(old) for old, _ in (*objects, *self._of_hooks)}
@@ -115,7 +119,7 @@ class Replica:
             (parameter, copy._parameters[name])
             for module, copy in self._modules
             for name, parameter in module._parameters.items()
-            if parameter is not None and not is_quiet(copy)
+            if parameter is not None
         ]
         loud = [(old, new) for old, new in self._holders if not is_quiet(new)]
         self._loud = [(old, new, attributes(new)) for old, new in loud]
@@ -127,7 +131,13 @@ class Replica:
         del self._copies  # a cycle, which would leave this replica to the garbage collector
 
     def is_current(self) -> bool:
-        """Whether the objects and containers that have been copied are what they were."""
+        """Whether what has been copied is what it was, here and in the original.
+
+        Not here after a forward that has set something: by now the user may have reset it, and
+        then the original is what it was.
+        """
+        if self._is_changed:
+            return False
         return all(same(items(container), kept) for container, kept in self._originals)
 
     def refresh(self) -> None:
@@ -151,7 +161,7 @@ class Replica:
             changed = (
                 version_of(buffer) != self._taken_over[i]
                 or version_of(copy) != self._before[i]
-                or _is_written_to(buffer, copy)
+                or (buffer.is_floating_point() and _differ(buffer, copy))
             )
             if changed and copy is not buffer:
                 copy.copy_(buffer)
@@ -205,7 +215,7 @@ class Replica:
             if not same(items(container), made):
                 raise NotImplementedError(_NESTED.format(kind.__name__))
         found: dict[Place, Change] = {}
-        written = self._written()
+        written = self._written() | self._rewritten()
         for module, copy in self._holders if written else ():
             found.update(_written_to(module, copy, written))
         for module, copy, made in self._loud:
@@ -219,7 +229,17 @@ class Replica:
                     first, *held = before or (None,)
                     value = without(list(value) if isinstance(value, deque) else value, held)
                     is_rows = place in self._carried and place in self.rows
+                    self._is_changed = True
                     found[place] = Change(value, first, is_buffer, is_rows=is_rows)
+        return found
+
+    def as_it_is(self, places: Iterable[Place]) -> dict[Place, Change]:
+        """What is in `places` of buffers, as changes: another lane has written to its own."""
+        found: dict[Place, Change] = {}
+        for module, name in places:
+            copy = self._memo[id(module.of)]
+            value = buffers_of(copy).get(name, copy.__dict__.get(name))
+            found[module, name] = Change(value, is_buffer=True, is_in_place=True)
         return found
 
     def take_observed(self) -> list[Observation]:
@@ -275,7 +295,7 @@ class Replica:
         for i, (copy, buffer) in enumerate(zip(self._buffers, self._tree.buffers, strict=True)):
             if version_of(copy) != self._before[i]:
                 self._before[i] = version_of(copy)
-                in_step = torch.equal(copy, buffer.to(copy.device))
+                in_step = same_values(copy, buffer.to(copy.device))
                 self._taken_over[i] = version_of(buffer) if in_step else -1
 
     def hand_back_recomputed(self) -> None:
@@ -286,19 +306,24 @@ class Replica:
                 self.hand_back(dict(_written_to(module, copy, written)))
             self.settle()
 
+    def _rewritten(self) -> set[int]:
+        """Which have been written to by a way that counts no version: `.data`, or NumPy."""
+        pairs = zip(self._buffers, self._tree.buffers, strict=True)
+        return {id(copy) for copy, buffer in pairs if copy is not buffer and _differ(buffer, copy)}
+
     def _written(self) -> set[int]:
-        """Which tensors have been written to in place."""
+        """Which tensors have been written to in place, as their versions say."""
         now = map(version_of, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
 
 
-def _is_written_to(buffer: Tensor, copy: Tensor) -> bool:
-    """Whether values have changed; torch's batch norm writes its statistics, and counts no version.
+def _differ(buffer: Tensor, copy: Tensor) -> bool:
+    """Whether values do; torch's batch norm writes its statistics, and counts no version.
 
     Only what has changed is copied: an earlier forward's graph may hold the copy.
     """
-    return buffer.is_floating_point() and not torch.equal(buffer.to(copy.device), copy)
+    return not same_values(buffer.to(copy.device), copy)
 
 
 def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
@@ -314,6 +339,12 @@ def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
 
 def _uncached(name: str, setter: Any) -> property:
     return property(lambda module: module.parametrizations[name](), setter)
+
+
+def _but(some: list[tuple[Any, Any]], others: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+    """Those of `some`, originals and copies, that are not among `others`."""
+    left_out = {id(old) for old, _ in others}
+    return [(old, new) for old, new in some if id(old) not in left_out]
 
 
 def _not_of(
