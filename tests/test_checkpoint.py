@@ -2,11 +2,13 @@
 
 import copy
 import enum
+import multiprocessing
 import os
 import pickle
 import resource
 import signal
 import threading
+import time
 from collections import Counter
 from functools import partial
 from typing import Any
@@ -16,8 +18,9 @@ import pytest
 import safetensors.torch
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
-from tests.loop import ADAM, assert_same, gan_learner, learner
+from tests.loop import ADAM, assert_same, batches, gan_learner, learner
 from wraploop import checkpoint
 from wraploop.callback import Callback, on
 from wraploop.callbacks.checkpoints import Checkpoints
@@ -332,6 +335,47 @@ def test_sigterm_after_the_last_step_saves_and_leaves_too(tmp_path):
     again.fit(1, resume="auto")  # which has nothing left to do
     assert again.history[TrainingPhase].steps == 4
     assert_same(again.model.state_dict(), one.model.state_dict())
+
+
+def test_a_forked_process_that_is_told_to_end_does_so_alone(tmp_path):
+    one = learner(History(), Checkpoints(tmp_path, None))
+
+    @one.on(StepEnd)
+    def end_a_child(learner):
+        child = os.fork()
+        if not child:
+            threading.Event().wait(60)
+            os._exit(0)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+
+    one.fit(2)
+    assert one.history[TrainingPhase].steps == 8
+
+
+def test_sigterm_to_a_loaders_workers_too_saves_and_leaves(tmp_path):
+    loader = DataLoader(batches(), batch_size=None, num_workers=2)  # type: ignore[arg-type]
+    one = learner(History(), Checkpoints(tmp_path, None), data=(loader, []))
+    before = signal.getsignal(signal.SIGCHLD)
+
+    @one.on(StepEnd, reads=("history",))
+    def tell_all(learner):
+        if learner.history[TrainingPhase].steps == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            workers = multiprocessing.active_children()
+            for worker in workers:
+                os.kill(worker.pid or 0, signal.SIGTERM)
+            for worker in workers:
+                worker.join()
+            time.sleep(0.05)  # for what torch does when one has ended
+
+    try:
+        with pytest.raises(SystemExit) as left:
+            one.fit(1)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert left.value.code == 143
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
 def test_who_cannot_end_a_step_is_ended(tmp_path):

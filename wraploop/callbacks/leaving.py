@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import weakref
 from typing import Any
 
 from wraploop import processes
@@ -40,11 +41,12 @@ class Leaving:
         self._in_time = threading.Event()
         is_main = threading.current_thread() is threading.main_thread()
         if is_main and not self._put_back and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            signal.signal(signal.SIGTERM, lambda *_: self._tell())
+            signal.signal(signal.SIGTERM, lambda *_: self._tell_with_children())
             ours, theirs = socket.socketpair()
             theirs.setblocking(False)
             before = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
             self._put_back = [before, theirs]
+            _waiting.add(self)
             threading.Thread(
                 target=self._wait, args=(ours, self._in_time), name="wraploop-leaving", daemon=True
             ).start()
@@ -54,6 +56,11 @@ class Leaving:
         self._is_on = False
         if self._put_back:
             self._in_time.set()
+            self.put_back()
+
+    def put_back(self) -> None:
+        """Has the signal go where it went before."""
+        if self._put_back:
             before, theirs = self._put_back
             self._put_back = []
             signal.set_wakeup_fd(before)
@@ -88,6 +95,13 @@ class Leaving:
     def _tell(self) -> None:
         self._is_told = True
 
+    def _tell_with_children(self) -> None:
+        self._tell()
+        # Whoever ends a job may tell all of its processes: a loader's workers end too, which torch
+        # would make an error in the middle of the step that is to end.
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
     def _wait(self, ours: socket.socket, in_time: threading.Event) -> None:
         with ours:
             while received := ours.recv(1):
@@ -97,3 +111,27 @@ class Leaving:
                     while not in_time.wait(_LOOK_EVERY_S):
                         if time.monotonic() > until_s or processes.failed_elsewhere():
                             os._exit(EXIT_STATUS)
+
+
+_waiting: weakref.WeakSet[Leaving] = weakref.WeakSet()
+_forking = threading.local()
+
+
+def _hold() -> None:
+    """Has a forked process get no signal before it is its own."""
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+
+
+def _let_go() -> None:
+    signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
+
+
+def _put_back_in_child() -> None:
+    """A forked process would tell its parent when it is told to end, and not end."""
+    for each in list(_waiting):
+        each.put_back()
+    _let_go()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_put_back_in_child)
