@@ -1,9 +1,13 @@
 import copy
+import faulthandler
 import os
 import signal
+import sys
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import pairwise
 
 import pytest
@@ -12,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wraploop import DataParallel, ThreadedCPUParallel
+from wraploop.wrappers import lanes, threads
 
 
 class Recorder(nn.Module):
@@ -229,3 +234,103 @@ def test_a_forked_process_has_lanes_of_its_own():
         model(torch.randn(6, 3)).sum().backward()
         os._exit(7)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+class FailingBackward(torch.autograd.Function):
+    """An identity whose derivative is an error where there is one in `errors`."""
+
+    errors: list[BaseException] = []  # noqa: RUF012
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, *grads):
+        for error in FailingBackward.errors:
+            raise error
+        return grads[0]
+
+
+class Failing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 1)
+
+    def forward(self, x):
+        return self.last(FailingBackward.apply(self.first(x)))
+
+
+def gradients(model, x):
+    return torch.autograd.grad(model(x).square().mean(), [*model.parameters()])
+
+
+@pytest.mark.parametrize("error", [ValueError("once"), KeyboardInterrupt()])
+def test_an_error_in_a_backward_leaves_the_next_step_right(error):
+    plain, x = Failing().double(), torch.randn(8, 3).double()
+    model = ThreadedCPUParallel(copy.deepcopy(plain), threads=2)
+    loss = model(x).sum()
+    FailingBackward.errors.append(error)
+    try:
+        with pytest.raises(type(error)):
+            loss.backward()
+    finally:
+        FailingBackward.errors.clear()
+    torch.testing.assert_close(gradients(model, x), gradients(plain, x), rtol=1e-10, atol=1e-14)
+
+
+def test_threads_may_use_one_model_at_once():
+    plain = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+    model = ThreadedCPUParallel(copy.deepcopy(plain), threads=2)
+    batches = [torch.randn(20, 3).double() for _ in range(4)]
+
+    def use(x):
+        return [gradients(model, x) for _ in range(20)]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [*pool.map(use, batches)]
+    for x, every in zip(batches, found, strict=True):
+        expected = gradients(plain, x)
+        for each in every:
+            torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # lost by Python
+def test_an_interrupt_wherever_lanes_begin_and_end_leaves_the_next_step_right():
+    plain = nn.Sequential(nn.Linear(3, 8), nn.BatchNorm1d(8), nn.Linear(8, 1)).double()
+    model = ThreadedCPUParallel(copy.deepcopy(plain), threads=2)
+    x = torch.randn(8, 3).double()
+    expected = gradients(plain, x)
+    faulthandler.dump_traceback_later(60, exit=True)  # should lanes wait for each other
+    try:
+        for number in range(1, 1000):
+            is_through = not _interrupted_at(number, lambda: gradients(model, x))
+            torch.testing.assert_close(gradients(model, x), expected, rtol=1e-10, atol=1e-14)
+            if is_through:
+                return
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+    pytest.fail("there is no end of them")
+
+
+def _interrupted_at(number, act):
+    """Interrupts `act` at a call, by number, that is made in lanes' code; whether it did.
+
+    Python looks for signals where a function begins, and after one that is not Python's.
+    """
+    left = number
+
+    def interrupt(frame, event, _):
+        nonlocal left
+        if event in ("call", "c_return") and frame.f_code.co_filename in files:
+            left -= 1
+            if left == 0:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+    files = threads.__file__, lanes.__file__
+    sys.setprofile(interrupt)
+    with suppress(KeyboardInterrupt):
+        act()
+    sys.setprofile(None)
+    return left <= 0

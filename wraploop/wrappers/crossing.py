@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -106,7 +107,13 @@ class Crossing:
             return [_take_grad(leaf) for leaf in leaves]
 
         random_state = torch.get_rng_state()
-        parts = self.lanes.run(work)
+        with self.lanes.turn():  # leaves are those of other calls too
+            try:
+                parts = self.lanes.run(work)
+            except BaseException:
+                for leaf in chain.from_iterable(self.leaves):
+                    leaf.grad = None
+                raise
         torch.set_rng_state(random_state)  # which checkpoints set and reset, lane beside lane
         if self.on_written:
             self.on_written()

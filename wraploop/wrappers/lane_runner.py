@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -40,6 +41,8 @@ class LaneRunner:
         self._probe = Probe(module)
         self._sync_batchnorm = sync_batchnorm
         self._threads = Threads()
+        self._busy = threading.Lock()
+        self._beside: LaneRunner | None = None
         self._draws: dict[tuple[str, bool], bool] = {}
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
 
@@ -57,6 +60,15 @@ class LaneRunner:
 
     def run(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None = None) -> Nest:
         """Makes `call`, whose batch has `rows` rows, with a lane for each of `lanes.devices`."""
+        if not self._busy.acquire(blocking=False):  # replicas are for one call at a time
+            self._beside = self._beside or LaneRunner(self.module, self._sync_batchnorm)
+            return self._beside.run(call, rows, lanes, tuner)
+        try:
+            return self._run_timed(call, rows, lanes, tuner)
+        finally:
+            self._busy.release()
+
+    def _run_timed(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None) -> Nest:
         count = len(lanes.devices)
         expected = self._probe.expect(call) if count > 1 and self._sync_batchnorm else None
         if tuner is None or tuner.chosen:
@@ -75,8 +87,9 @@ class LaneRunner:
         expected: Expected | None,
         on_backward: Callable[[float], None] | None,
     ) -> Nest:
-        tree, replicas = self._replicas.get(lanes.devices)
         group = LaneGroup(split(rows, len(lanes.devices)), lanes, self._threads)
+        with group.turn():  # no other thread's backward is under way
+            tree, replicas = self._replicas.get(lanes.devices)
 
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = [*call.inputs, *tree.carried.values()]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -163,7 +164,13 @@ class LaneGroup:
         """
         self._meeting.begin()
         pieces = [partial(self._run_lane, work, lane) for lane in self._lanes]
-        return self._threads.run(pieces, self._where.operator_threads)
+        # Interrupted, a lane may not have begun, or not have said that it is through.
+        leave = self._meeting.leave
+        return self._threads.run(pieces, self._where.operator_threads, leave)
+
+    def turn(self) -> AbstractContextManager[Any]:
+        """A block in which no other thread uses what the lanes have; a lane itself never waits."""
+        return self._threads.turn() if shards.current() is None else nullcontext()
 
     def _run_lane(self, work: Callable[[int], T], lane: Lane) -> T:
         try:

@@ -38,19 +38,32 @@ class Threads:
         self._process = os.getpid()
         self._workers: list[_Worker] = []
         self._busy = threading.Lock()
+        self._turn = threading.RLock()
         wake_engine()
 
-    def run(self, work: list[Callable[[], T]], operator_threads: int | None) -> list[T]:
-        """Does all pieces of work at the same time; the results in order.
+    def turn(self) -> AbstractContextManager[Any]:
+        """A block that one thread at a time is in."""
+        if os.getpid() != self._process:
+            self._begin()
+        return self._turn
+
+    def run(
+        self,
+        work: list[Callable[[], T]],
+        operator_threads: int | None,
+        on_failure: Callable[[], None] = lambda: None,
+    ) -> list[T]:
+        """Does all pieces of work at the same time; the results in order, or an error at the end.
 
         Args:
             work: the pieces.
             operator_threads: how many threads each piece's operators may use; None: no limit.
+            on_failure: called after an error or an interrupt; none may wait for another then.
         """
         if os.getpid() != self._process:
             self._begin()
         if not self._busy.acquire(blocking=False):  # two steps at once: the second gets its own
-            return Threads().run(work, operator_threads)
+            return Threads().run(work, operator_threads, on_failure)
         before = torch.get_num_threads()
         try:
             while len(self._workers) < len(work) - 1:
@@ -64,7 +77,15 @@ class Threads:
                 torch.set_num_threads(operator_threads)
             with _no_saved_tensors_hooks():
                 first.do()
+            if first.error is not None:
+                on_failure()
             return _results([first, *tasks])
+        except BaseException:
+            on_failure()
+            workers, self._workers = self._workers, []  # for who interrupts once more
+            _wait_for(workers)
+            self._workers = workers
+            raise
         finally:
             if operator_threads is not None:
                 torch.set_num_threads(before)
@@ -109,6 +130,15 @@ def _results(tasks: list[_Task]) -> list[Any]:
         return [task.result for task in tasks]
     finally:
         del errors
+
+
+def _wait_for(workers: list[_Worker]) -> None:
+    """Waits until they have done all that they were given."""
+    ends = [_Task(lambda: None) for _ in workers]
+    for worker, end in zip(workers, ends, strict=True):
+        worker.tasks.put(end)
+    for end in ends:
+        end.wait()
 
 
 class _Worker(threading.Thread):
