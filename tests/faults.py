@@ -74,6 +74,16 @@ def main() -> None:
                 for parameter in local.parameters():
                     parameter.sub_(RANK)
 
+    def freeze_on_one(model: nn.Module, layer: nn.Module, rows: torch.Tensor) -> None:
+        layer.requires_grad_(RANK == 0)
+        try:
+            model(rows).sum().backward()
+        finally:
+            layer.requires_grad_()
+
+    deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    deep_local = DistributedModel(deep, batch="local", timeout_s=3)
+
     faults: dict[str, Callable[[], Any]] = {
         "another batch": lambda: model(x + RANK),
         "another shape": lambda: model(torch.randn(6, 3 + 2 * RANK)),
@@ -85,6 +95,8 @@ def main() -> None:
         "the same rows": lambda: local(x),
         "the same noise": draw_the_same,
         "another parameter": change_on_one,
+        "another frozen": lambda: freeze_on_one(model, norm[0], x),
+        "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
     }
     for name, fault in faults.items():

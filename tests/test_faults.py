@@ -19,6 +19,12 @@ EXPECTED = {
     "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,
     "the same noise": ("ValueError Every process has drawn the same random numbers",) * 2,
     "another parameter": ("PeerError Rank 1 has another parameter '(weight|bias)'",) * 2,
+    "another frozen": (r"PeerError The processes do different .*6 of 6 require.*4 of 6 require",)
+    * 2,
+    "another frozen, own rows": (
+        r"PeerError The processes do different .*4 of 4 require.*2 of 4 require",
+    )
+    * 2,
     "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
     * 2,
 }

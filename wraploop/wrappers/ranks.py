@@ -18,6 +18,7 @@ of that is `weigh`.
 from __future__ import annotations
 
 import weakref
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -228,13 +229,24 @@ def go_in(
 def parameters_in(rank: Rank, parameters: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """What a replica has for `parameters`, and tokens that its outputs must depend on."""
     moves: list[Move] = ["share"] * len(parameters)
-    doing = "the gradients of the parameters"
+    doing = f"the gradients of the parameters, of which {_described(parameters)}"
     tokens, leaves = go_in(rank, doing, parameters, moves, borrow=False)
     for token in tokens:
         node: Any = token.grad_fn
         like = [parameter.detach() for parameter in parameters]
         node.reducer = Reducer(rank, doing, like)
     return leaves, tokens
+
+
+def _described(parameters: list[Tensor]) -> str:
+    """What must be alike on every rank, or gradients are other parameters' or a part of them."""
+    trained = [p.requires_grad for p in parameters]
+    kinds = [
+        (trains, tuple(p.shape), p.dtype) for trains, p in zip(trained, parameters, strict=True)
+    ]
+    return (
+        f"{sum(trained)} of {len(trained)} require grad (#{zlib.crc32(repr(kinds).encode()):08x})"
+    )
 
 
 def come_out(
