@@ -81,6 +81,10 @@ def main() -> None:
         finally:
             layer.requires_grad_()
 
+    def create_graph_on_one(model: nn.Module, rows: torch.Tensor) -> None:
+        loss = model(rows).square().sum()
+        torch.autograd.grad(loss, [*model.parameters()], create_graph=RANK == 1)
+
     deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     deep_local = DistributedModel(deep, batch="local", timeout_s=3)
 
@@ -97,6 +101,8 @@ def main() -> None:
         "another parameter": change_on_one,
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
+        "another graph": lambda: create_graph_on_one(model, x),
+        "another graph, own rows": lambda: create_graph_on_one(deep_local, x + RANK),
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
     }
     for name, fault in faults.items():

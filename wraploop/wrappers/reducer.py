@@ -183,7 +183,9 @@ class Reducer:
             flat.copy_(self._rank.channel.sum(flat.to(dtype)))
 
     def _exchange(self, *payload: Tensor | bytes) -> list[Tensor]:
-        return self._rank.channel.exchange(f"{self._doing} of {self._rank.name}", *payload)
+        # Said otherwise than where they are put together one by one, as under create_graph.
+        doing = f"{self._doing} of {self._rank.name}, in buckets"
+        return self._rank.channel.exchange(doing, *payload)
 
     def _with_sparse(
         self,
