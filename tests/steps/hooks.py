@@ -258,3 +258,40 @@ def features_kept_by_a_module_around_the_model(m, o, k):
     out, seen = m.around(randn(k, 7, 3))
     update(o.net, out.square().mean() + seen.square().mean())
     return seen
+
+
+class Equalized:
+    """Scales a layer's weight before its forward, as ProGAN does."""
+
+    def __call__(self, layer, inputs):
+        layer.weight = layer.weight_orig * (2 / layer.weight_orig.shape[1]) ** 0.5
+
+
+def equalized(layer: nn.Linear) -> nn.Linear:
+    weight = layer.weight
+    del layer.weight
+    layer.register_parameter("weight_orig", weight)
+    layer.register_forward_pre_hook(Equalized())
+    return layer
+
+
+@step(net=lambda: nn.Sequential(equalized(nn.Linear(3, 4)), nn.Tanh(), equalized(nn.Linear(4, 2))))
+def weights_scaled_by_hooks(m, o, k):
+    out = m.net(randn(k, 7, 3))
+    update(o.net, out.square().mean())
+    return out
+
+
+class EqualizedCritic(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = equalized(nn.Linear(3, 4)), equalized(nn.Linear(5, 1))
+
+    def forward(self, x):
+        h = self.a(x)
+        return self.b(torch.cat([h, h.std(0).mean().expand(len(x), 1)], 1))
+
+
+@step(net=EqualizedCritic, refused="couples rows")
+def coupled_rows_of_a_model_with_hooks(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())

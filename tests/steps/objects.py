@@ -164,3 +164,37 @@ def weights_given_other_data_in_forward(m, o, k):
     out = m.net(randn(k, 7, 3))
     update(o.net, out.square().mean() + m.net[0].weight.sum())
     return out
+
+
+class SpectrallyNormed(nn.Module):
+    """Keeps the weight of the layer in it, and what it is estimated by, on that layer."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+        weight = layer.weight.detach()
+        del layer.weight
+        layer.register_parameter("weight_bar", nn.Parameter(weight))
+        for name, size in ("weight_u", len(weight)), ("weight_v", weight.shape[1]):
+            vector = nn.functional.normalize(torch.ones(size), dim=0)
+            layer.register_parameter(name, nn.Parameter(vector, requires_grad=False))
+
+    def forward(self, input):
+        u, v, weight = self.layer.weight_u, self.layer.weight_v, self.layer.weight_bar
+        v.data = nn.functional.normalize(weight.data.T @ u.data, dim=0)
+        u.data = nn.functional.normalize(weight.data @ v.data, dim=0)
+        self.layer.weight = weight / (u @ weight @ v)
+        return self.layer(input)
+
+
+def spectrally_normed() -> nn.Module:
+    layers = SpectrallyNormed(nn.Linear(3, 4)), nn.Tanh(), SpectrallyNormed(nn.Linear(4, 2))
+    return nn.Sequential(*layers)
+
+
+@step(net=spectrally_normed)
+def layers_on_which_the_forward_of_others_sets_weights(m, o, k):
+    """Spectral norm as SAGAN and others have it."""
+    out = m.net(randn(k, 7, 3))
+    update(o.net, out.square().mean())
+    return out, m.net[0].layer.weight

@@ -20,6 +20,7 @@ from .batch import leaves_of
 from .call import Call
 from .internals import global_hooks, same_values
 from .noise import kept_random_state
+from .observers import Keepsakes
 from .outputs import Ran
 from .replicas import Replicas, alias
 from .shard import current, unsplit
@@ -127,9 +128,13 @@ class Probe:
         self, call: Call, inputs: list[Tensor]
     ) -> tuple[dict[str, Tensor], dict[Place, Tensor], dict[str, tuple[Tensor, Tensor]]]:
         """What `call` returns, leaves, and writes to parameters, on a copy of the module."""
-        replicas = Replicas(self._module, False, _clones, alone=False, observes=False)
+        replicas = Replicas(self._module, False, _clones, alone=False, observes=True)
         tree, (replica,) = replicas.get([None])
-        output = _tensors(call.on(replica.module, inputs))
+        keepsakes = Keepsakes(replica.hooks)
+        try:
+            output = _tensors(call.on(replica.module, inputs))
+        finally:
+            keepsakes.restore()
         changes = replica.changes().items()
         left = {p: c.value for p, c in changes if isinstance(c.value, Tensor)}
         pairs = zip(replica.leaves, tree.parameters, strict=True)
@@ -175,16 +180,9 @@ def _precision(output: dict[str, Tensor]) -> float:
 
 
 def _is_free_of_effects(module: nn.Module) -> bool:
-    """Whether a forward too many is noticed by nobody: hooks and generators might."""
-    if global_hooks():
-        return False
-    for part in module.modules():
-        hooks = (*part._forward_hooks.values(), *part._forward_pre_hooks.values())
-        if any(not type(h).__module__.startswith("torch.nn.utils.") for h in hooks):
-            return False
-        if any(isinstance(value, torch.Generator) for value in part.__dict__.values()):
-            return False
-    return True
+    """Whether a forward too many is noticed by nobody: generators, and hooks on all modules, do."""
+    values = (value for part in module.modules() for value in part.__dict__.values())
+    return not global_hooks() and not any(isinstance(value, torch.Generator) for value in values)
 
 
 def _clones(

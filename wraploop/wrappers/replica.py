@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -121,8 +122,13 @@ class Replica:
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
-        loud = [(old, new) for old, new in self._holders if not is_quiet(new)]
-        self._loud = [(old, new, attributes(new)) for old, new in loud]
+        made = [(old, new, attributes(new)) for old, new in self._holders]
+        self._loud = [each for each in made if not is_quiet(each[1])]
+        self._quiet = [each for each in made if is_quiet(each[1])]
+        self._quiet_contents = [
+            table.values() for _, copy, _ in self._quiet for table in (vars(copy), copy._buffers)
+        ]
+        self._quiet_made = [*chain.from_iterable(self._quiet_contents)]
         pairs = list(zip(tree.parameters, leaves, strict=True))
         self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
         self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
@@ -218,7 +224,8 @@ class Replica:
         written = self._written() | self._rewritten()
         for module, copy in self._holders if written else ():
             found.update(_written_to(module, copy, written))
-        for module, copy, made in self._loud:
+        watched = self._loud if self._are_quiet() else [*self._loud, *self._quiet]
+        for module, copy, made in watched:
             now = attributes(copy)
             for name in now:
                 place = Ref(module), name
@@ -241,6 +248,10 @@ class Replica:
             value = buffers_of(copy).get(name, copy.__dict__.get(name))
             found[module, name] = Change(value, is_buffer=True, is_in_place=True)
         return found
+
+    def _are_quiet(self) -> bool:
+        """Whether nobody has set anything on the modules that set nothing on themselves."""
+        return same(chain.from_iterable(self._quiet_contents), self._quiet_made)
 
     def take_observed(self) -> list[Observation]:
         """What forward hooks have seen in the last forward."""
@@ -290,7 +301,7 @@ class Replica:
     def settle(self) -> None:
         """Takes what is now in the buffers for handed back, and weights with another storage."""
         for parameter, leaf in self._weights:
-            if leaf.device == parameter.device and leaf.data_ptr() != parameter.data_ptr():
+            if leaf.data_ptr() != parameter.data_ptr() and leaf.device == parameter.device:
                 parameter.data = leaf.data
         for i, (copy, buffer) in enumerate(zip(self._buffers, self._tree.buffers, strict=True)):
             if version_of(copy) != self._before[i]:

@@ -163,7 +163,7 @@ def attributes(module: Any) -> dict[str, Iterable[Any]]:
 
 
 def is_quiet(module: Any) -> bool:
-    """Whether `module` is one of torch's own, which set nothing in forward unless hooks do."""
+    """Whether `module` is one of torch's own, on which only others' forwards set something."""
     if not isinstance(module, nn.Module):
         return False
     hooks = module._forward_pre_hooks or module._forward_hooks
