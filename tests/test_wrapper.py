@@ -2,13 +2,16 @@ import copy
 import gc
 import io
 import pickle
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from wraploop import DataParallel, DistributedModel, ThreadedCPUParallel, shared
+from wraploop.wrappers.noise import own_noise
 
 WRAPPERS = {
     "threads": lambda model, **options: ThreadedCPUParallel(model, 2, **options),
@@ -245,6 +248,19 @@ def test_noise_inside_is_reproducible_and_differs_between_lanes(wrap_in_lanes):
     assert len({tuple(row) for row in first.tolist()}) == len(first)
 
 
+@pytest.mark.parametrize("draw", [lambda: torch.rand(1).item(), random.random, np.random.rand])
+def test_each_rank_has_noise_of_its_own_whoever_draws_it(draw):
+    drawn = []
+    for rank in (0, 1, 0):
+        with own_noise(rank, elsewhere=True) as noise:
+            drawn.append(draw())
+        assert noise.drew
+    assert drawn[0] == drawn[2] != drawn[1]
+    with own_noise(0, elsewhere=True) as noise:
+        pass
+    assert not noise.drew
+
+
 def test_a_model_without_noise_leaves_the_random_state_alone(wrap):
     model = wrap(Net())
     torch.manual_seed(0)
@@ -311,7 +327,7 @@ def test_lanes_refuse_a_forward_that_moves_parameters_in_place(wrap_in_lanes):
 class Trained(nn.Linear):
     """Has a `train` of its own, as layers of the forward-forward algorithm."""
 
-    def train(self, inputs=True, steps=1):
+    def train(self, inputs=True, steps=1):  # type: ignore[override]
         return super().train(inputs) if isinstance(inputs, bool) else steps
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -235,7 +237,7 @@ def forward_hook_that_appends_to_a_global(m, o, k):
 class Recording(nn.Module):
     """Holds the model, and a list in which hooks on its layers put what they make."""
 
-    def __init__(self, net: nn.Module) -> None:
+    def __init__(self, net: nn.Sequential) -> None:
         super().__init__()
         self.net = net
         self.seen: list[torch.Tensor] = []
@@ -268,7 +270,7 @@ class Equalized:
 
 
 def equalized(layer: nn.Linear) -> nn.Linear:
-    weight = layer.weight
+    weight: Any = layer.weight
     del layer.weight
     layer.register_parameter("weight_orig", weight)
     layer.register_forward_pre_hook(Equalized())

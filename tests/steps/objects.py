@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import nn
@@ -180,7 +181,8 @@ class SpectrallyNormed(nn.Module):
             layer.register_parameter(name, nn.Parameter(vector, requires_grad=False))
 
     def forward(self, input):
-        u, v, weight = self.layer.weight_u, self.layer.weight_v, self.layer.weight_bar
+        kept: Any = self.layer
+        u, v, weight = kept.weight_u, kept.weight_v, kept.weight_bar
         v.data = nn.functional.normalize(weight.data.T @ u.data, dim=0)
         u.data = nn.functional.normalize(weight.data @ v.data, dim=0)
         self.layer.weight = weight / (u @ weight @ v)

@@ -16,21 +16,36 @@ State = tuple[Any, ...]
 
 def get() -> State:
     """The state, that of the CPU alone of torch's; made of tensors, numbers and names."""
-    return torch.get_rng_state(), random.getstate(), _numpys()
+    return torch.get_rng_state(), *others()
+
+
+def others() -> State:
+    """The states of Python's and NumPy's generators."""
+    return random.getstate(), _numpys()
 
 
 def put(state: State) -> None:
     """Takes over a state that `get` has returned."""
     torch.set_rng_state(state[0])
-    random.setstate(state[1])
+    put_others(state[1:])
+
+
+def put_others(state: State) -> None:
+    """Takes over what `others` has returned."""
+    random.setstate(state[0])
     numpy = sys.modules.get("numpy")
-    if numpy and state[2]:
-        numpy.random.set_state(state[2])
+    if numpy and state[1]:
+        numpy.random.set_state(state[1])
 
 
 def seed(number: int) -> None:
     """Starts from a seed."""
     torch.manual_seed(number)
+    seed_others(number)
+
+
+def seed_others(number: int) -> None:
+    """Starts Python's and NumPy's generators from a seed."""
     random.seed(number)
     if numpy := sys.modules.get("numpy"):
         numpy.random.seed(number)

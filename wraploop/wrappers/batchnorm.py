@@ -32,7 +32,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
 from .internals import batch_norm_sums, is_transformed, not_compiled
 from .shard import Shard, current, sum_over_shards
 
-_LAST_SHARD = "_wraploop_shard"
+_LAST = "_wraploop_last"
 _TRANSFORMED = (
     "A transform of torch.func, or forward-mode differentiation, goes over a batch norm inside a "
     "wrapped module, where what the other shards have cannot be transformed. Transform a call of "
@@ -70,8 +70,18 @@ def _batch_sum(tensor: Tensor, axes: list[int], shard: Shard | None) -> tuple[Te
     return both[:-1].view_as(total), both[-1].detach()
 
 
+class _Last:
+    """The shard that a batch norm has last seen: checkpointing repeats a forward in backward."""
+
+    shard: Shard | None = None
+
+
 class GlobalBatchNorm(_BatchNorm):
     """A batch norm that normalises with the statistics of the whole batch."""
+
+    def begin(self) -> None:
+        """Makes one ready that was not made by its class."""
+        self.__dict__[_LAST] = _Last()
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.BatchNorm2d` and its like, for the whole batch.
@@ -81,10 +91,11 @@ class GlobalBatchNorm(_BatchNorm):
             NotImplementedError: a transform of torch.func goes over it.
         """
         of_this_batch = self.training or self.running_mean is None
-        shard = current() or self.__dict__.get(_LAST_SHARD)  # checkpointing repeats it in backward
+        last: _Last = self.__dict__[_LAST]
+        shard = current() or last.shard
         if shard is None or not of_this_batch:
             return super().forward(input)
-        self.__dict__[_LAST_SHARD] = shard
+        last.shard = shard
         transformed = is_transformed()
         if transformed and not torch.compiler.is_compiling():
             raise NotImplementedError(_TRANSFORMED)

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import random
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from wraploop.processes import random_state
 
 from .internals import is_checkpointing
 
@@ -41,7 +41,7 @@ class Noise:
     def __init__(self, lanes: int, watch: bool) -> None:
         self.drawn = False
         self._outside = torch.default_generator.get_state()
-        self._others = _other_states() if watch else None
+        self._others = random_state.others() if watch else None
         seed = _seed_of(self._outside)
         seeded = [torch.Generator().manual_seed(seed + lane) for lane in range(lanes)]
         self._states = [generator.get_state() for generator in seeded]
@@ -72,7 +72,7 @@ class Noise:
         """
         if not torch.equal(torch.default_generator.get_state(), self._outside):
             raise NotImplementedError(_UNSEEN.format("in an operator of no known name"))
-        if self._others is not None and _other_states() != self._others:
+        if self._others is not None and random_state.others() != self._others:
             raise NotImplementedError(_UNSEEN.format("of Python or NumPy"))
         if self.drawn:
             torch.rand(1)
@@ -135,12 +135,6 @@ def _is_random(name: str, module: str | None) -> bool:
     return any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
 
 
-def _other_states() -> tuple[Any, ...]:
-    """The states of the generators that every thread draws from, besides torch's."""
-    numpy = sys.modules.get("numpy")
-    return random.getstate(), str(numpy.random.get_state(legacy=False)) if numpy else None
-
-
 def _seed_of(state: Tensor) -> int:
     """A seed that follows from a generator's state, without drawing from it."""
     return int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=7).digest(), "big")
@@ -171,18 +165,24 @@ class OwnNoise:
 
     Attributes:
         drew: that, once the block has ended.
+        drew_elsewhere: whether Python's or NumPy's were, if that was asked for.
     """
 
-    drew = False
+    drew = drew_elsewhere = False
 
 
 @contextmanager
-def own_noise(number: int) -> Iterator[OwnNoise]:
+def own_noise(number: int, *, elsewhere: bool) -> Iterator[OwnNoise]:
     """Lets what draws random numbers in the block draw those of shard `number`.
 
     They follow from the random state before the block, which is as before after it.
+
+    Args:
+        number: which shard.
+        elsewhere: whether to see to Python's and NumPy's numbers too, which takes a while.
     """
     noise = OwnNoise()
+    others = random_state.others() if elsewhere else None
     generators = _generators()
     before = [generator.get_state() for generator in generators]
     seed = _seed_of(before[0])
@@ -190,11 +190,17 @@ def own_noise(number: int) -> Iterator[OwnNoise]:
     for generator in generators:
         generator.manual_seed(seed + number)
         seeded.append(generator.get_state())
+    if elsewhere:
+        random_state.seed_others((seed + number) % 2**32)
+    others_seeded = random_state.others() if elsewhere else None
     try:
         yield noise
     finally:
         now = [generator.get_state() for generator in generators]
-        noise.drew = not all(map(torch.equal, seeded, now))
+        if others:
+            noise.drew_elsewhere = random_state.others() != others_seeded
+            random_state.put_others(others)
+        noise.drew = noise.drew_elsewhere or not all(map(torch.equal, seeded, now))
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
 
@@ -205,18 +211,15 @@ def kept_random_state() -> Iterator[OwnNoise]:
     noise = OwnNoise()
     generators = _generators()
     before = [generator.get_state() for generator in generators]
-    numpy = sys.modules.get("numpy")
-    others = random.getstate(), numpy and numpy.random.get_state()
+    others = random_state.others()
     try:
         yield noise
     finally:
         now = [generator.get_state() for generator in generators]
-        noise.drew = not all(map(torch.equal, before, now)) or random.getstate() != others[0]
+        noise.drew = not all(map(torch.equal, before, now)) or random_state.others() != others
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
-        random.setstate(others[0])
-        if numpy and others[1]:
-            numpy.random.set_state(others[1])
+        random_state.put_others(others)
 
 
 def _generators() -> list[torch.Generator]:

@@ -62,6 +62,7 @@ class RankRunner:
         at_step = reduce_at == "step"
         self._at_step = AtStep(channel, self._name, reduce_dtype) if at_step else None
         self._probe = Probe(module) if sync_batchnorm else None
+        self._draws_elsewhere: dict[tuple[str, bool], bool] = {}
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
     def run(self, call: Call, rows: int) -> Nest:
@@ -97,10 +98,12 @@ class RankRunner:
         # Run
         keepsakes = Keepsakes(replica.hooks)
         before = [version_of(part) for part in taken]
-        with running(rank), own_noise(self.channel.rank) as noise, compiling(tree.is_compiled):
+        state = (call.method, self.module.training)
+        own = own_noise(self.channel.rank, elsewhere=self._draws_elsewhere.get(state, True))
+        with running(rank), own as noise, compiling(tree.is_compiled):
             output = call.on(replica.module, taken)
         keepsakes.restore()
-        rank.drew = noise.drew
+        rank.drew, self._draws_elsewhere[state] = noise.drew, noise.drew_elsewhere
         ran = Ran(
             output,
             self._agreed(replica.changes(), taken, rank, total),

@@ -187,6 +187,8 @@ class Replica:
             if copied is value and (is_own_container(name, value) or is_plain_object(value)):
                 copied = self._copies.own(value)
             copy.__dict__[name] = copied
+        if isinstance(copy, GlobalBatchNorm):
+            copy.begin()
         return copy
 
     def _copy_hooks(self, module: nn.Module, hooks: dict[int, Any]) -> dict[int, Any]:

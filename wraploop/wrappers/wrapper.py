@@ -10,6 +10,7 @@ parameters, up to the order of summation.
 from __future__ import annotations
 
 import functools
+import threading
 from abc import abstractmethod
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
@@ -40,6 +41,7 @@ class Execution(Protocol):
 
 
 E = TypeVar("E", bound=Execution)
+_one_at_a_time = threading.Lock()
 
 
 class ModelWrapper(nn.Module):
@@ -100,7 +102,11 @@ class ModelWrapper(nn.Module):
         """What this wrapper keeps for running its module, made when there is none for it yet."""
         kept = self.__dict__.get(EXECUTION)
         if kept is None or kept.module is not self.module:
-            kept = self.__dict__[EXECUTION] = make(self.module, self.sync_batchnorm)
+            made = make(self.module, self.sync_batchnorm)
+            with _one_at_a_time:  # several threads may make their first call at once
+                kept = self.__dict__.get(EXECUTION)
+                if kept is None or kept.module is not self.module:
+                    kept = self.__dict__[EXECUTION] = made
         return kept
 
     @not_compiled
@@ -175,12 +181,12 @@ class ModelWrapper(nn.Module):
     # From outside, the module
 
     @property
-    def training(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+    def training(self) -> bool:
         """Whether the module is in training mode."""
         return self.module.training
 
     @training.setter
-    def training(self, mode: bool) -> None:
+    def training(self, mode: bool) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
         module = self.__dict__.get("_modules", {}).get("module")
         if module is not None:  # torch's `Module.__init__` sets it too
             module.training = mode
