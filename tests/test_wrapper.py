@@ -3,6 +3,7 @@ import gc
 import io
 import pickle
 import random
+import traceback
 from typing import Any
 
 import numpy as np
@@ -235,6 +236,13 @@ def test_what_leaks_out_of_a_lane_into_the_loss_is_an_error(wrap_in_lanes):
     (leaked[-1].sum() + leaked[-2].sum()).backward()
     with pytest.raises(RuntimeError, match="inside of a wrapped module"):
         model(torch.randn(4, 3))
+
+
+def test_what_fails_in_shards_alone_is_explained(wrap_in_lanes):
+    one_row = wrap_in_lanes(nn.Linear(4, 2))
+    with pytest.raises(RuntimeError, match="shapes") as raised:
+        one_row(torch.ones(4))
+    assert "has run without it" in "".join(traceback.format_exception(raised.value))
 
 
 def test_noise_inside_is_reproducible_and_differs_between_lanes(wrap_in_lanes):

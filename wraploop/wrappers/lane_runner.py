@@ -20,7 +20,7 @@ from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .observers import Keepsakes
 from .outputs import Ran, alike, carried_moves, move_in, written_to
-from .probe import Expected, Probe
+from .probe import Expected, Probe, explained
 from .replica import Replica
 from .replicas import Replicas, alias
 from .threads import Threads
@@ -108,9 +108,9 @@ class LaneRunner:
 
         # Run
         given = [mine[:count] for mine in taken]
-        ran = alike(
-            self._ran(call, group, replicas, given, tree.is_compiled), given, call, group.sizes
-        )
+        with explained(expected):
+            ran = self._ran(call, group, replicas, given, tree.is_compiled)
+        ran = alike(ran, given, call, group.sizes)
 
         # Gather
         parts = [

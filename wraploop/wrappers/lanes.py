@@ -178,7 +178,7 @@ class LaneGroup:
                 return work(lane.index)
         except Exception as error:
             size, lanes = self.sizes[lane.index], len(self.sizes)
-            shards.note(error, f"shard {lane.index} of {lanes}, which has {size} rows")
+            shards.note(error, f"Raised in shard {lane.index} of {lanes}, which has {size} rows.")
             raise
         finally:
             self._meeting.leave()

@@ -9,12 +9,15 @@ gradients; and what the shards have given is compared with that.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from wraploop.processes.channel import PeerError
 
 from .batch import leaves_of
 from .call import Call
@@ -23,7 +26,7 @@ from .noise import kept_random_state
 from .observers import Keepsakes
 from .outputs import Ran
 from .replicas import Replicas, alias
-from .shard import current, unsplit
+from .shard import current, note, unsplit
 from .tree import Place, buffers_of
 
 
@@ -83,6 +86,17 @@ class Expected(NamedTuple):
         off = (mine - whole).abs().where(finite, 0.0).max()
         scale = whole.abs().where(finite, 0.0).max()
         return bool(off <= self.precision * (scale + self.precision) + more)
+
+
+@contextmanager
+def explained(expected: Expected | None) -> Iterator[None]:
+    """Has an error that shards raise in the block, and the whole batch has not, say so."""
+    try:
+        yield
+    except Exception as error:
+        if expected and not isinstance(error, (PeerError, NotImplementedError)):
+            note(error, _IN_SHARDS)
+        raise
 
 
 class Probe:
@@ -201,6 +215,12 @@ _WRITTEN = (
     "The forward writes to the parameter {!r}, and in shards it has become something else than on "
     "the whole batch: every shard writes to it, and by what it has of the batch. Write to it in "
     "the step, outside of the forward, or keep it as a buffer."
+)
+
+_IN_SHARDS = (
+    "The whole batch has run without it. The first axis of every tensor that goes in has to count "
+    "the batch's rows: mark one that does not as `wraploop.shared(tensor)`, and put time behind "
+    "rows (`batch_first=True`)."
 )
 
 _COUPLED = (

@@ -77,7 +77,7 @@ class Rank(Shard):
             has: how many rows this rank has, for the note on the error.
         """
         if isinstance(error, Exception) and not isinstance(error, PeerError):
-            note(error, f"rank {self.channel.rank}, which has {has}")
+            note(error, f"Raised in rank {self.channel.rank}, which has {has}.")
             self.channel.fail(error)
 
     def total(self, tensor: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from .outputs import (
     signature,
     written_to,
 )
-from .probe import Probe
+from .probe import Probe, explained
 from .rank import Rank
 from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in, parameters_in
 from .replicas import Replicas
@@ -100,7 +100,7 @@ class RankRunner:
         before = [version_of(part) for part in taken]
         state = (call.method, self.module.training)
         own = own_noise(self.channel.rank, elsewhere=self._draws_elsewhere.get(state, True))
-        with running(rank), own as noise, compiling(tree.is_compiled):
+        with explained(expected), running(rank), own as noise, compiling(tree.is_compiled):
             output = call.on(replica.module, taken)
         keepsakes.restore()
         rank.drew, self._draws_elsewhere[state] = noise.drew, noise.drew_elsewhere

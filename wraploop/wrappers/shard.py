@@ -79,9 +79,8 @@ def is_unsplit() -> bool:
     return getattr(_local, "is_unsplit", False)
 
 
-def note(error: BaseException, where: str) -> None:
-    """Adds to `error`, whose type stays what it was, in which shard it was raised."""
-    text = f"Raised in {where}."
+def note(error: BaseException, text: str) -> None:
+    """Adds to `error`, whose type stays what it was."""
     if hasattr(error, "add_note"):
         error.add_note(text)  # pyright: ignore[reportAttributeAccessIssue]  Python 3.11
     elif error.args and isinstance(error.args[0], str):
