@@ -102,26 +102,43 @@ class Replica:
         self._memo.update((id(old), new) for old, new in zip(olds, news, strict=True))
         self._copies = Copies(self._memo, self._copy_module)
         self.module: nn.Module = self._copy_module(original)
-        known = set(map(Ref, tree.holders))
-        objects = [(old, new) for old, new in self._copies.objects if Ref(old) in known]
-        self._holders = [*self._modules, *objects]
-        self._inner = _not_of(self._modules, self._copies.containers)
-        in_tree = [(old, new) for old, new in self._modules if Ref(old) in known]
-        others = [old for old, _ in (*self._copies.objects, *_but(self._modules, in_tree))]
-        watched = _not_of(in_tree, self._copies.containers)
-        copied = [*map(vars, others), *(old for old, _ in watched)]
-        self._originals = [(container, items(container)) for container in copied]
-        nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
-        near = {id(old) for old, _ in (*objects, *self._of_hooks)}
-        far = [(old, new) for old, new in self._copies.objects if id(old) not in near]
-        nested += [(type(old), vars(new)) for old, new in far]
-        self._nested = [(kind, container, items(container)) for kind, container in nested]
+        self._note_containers()
+        self._note_attributes()
         self._weights: list[tuple[Any, Any]] = [  # of which a forward may replace the storage
             (parameter, copy._parameters[name])
             for module, copy in self._modules
             for name, parameter in module._parameters.items()
             if parameter is not None
         ]
+        pairs = list(zip(tree.parameters, leaves, strict=True))
+        self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
+        self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
+        self._taken_over = [version_of(buffer) for buffer in tree.buffers]
+        self._before = [version_of(copy) for copy in buffers]
+        del self._copies  # a cycle, which would leave this replica to the garbage collector
+
+    def _note_containers(self) -> None:
+        """Notes what is in what has been copied: of the originals, and of copies too deep inside.
+
+        The tree notices itself what changes in the modules that it knows, but for their containers.
+        """
+        known = set(map(Ref, self._tree.holders))
+        objects = [(old, new) for old, new in self._copies.objects if Ref(old) in known]
+        self._holders = [*self._modules, *objects]
+        self._inner = _not_of(self._modules, self._copies.containers)
+        in_tree = [(old, new) for old, new in self._modules if Ref(old) in known]
+        outside = [old for old, _ in self._modules if Ref(old) not in known]
+        copied = [vars(old) for old in (*(old for old, _ in self._copies.objects), *outside)]
+        copied += [old for old, _ in _not_of(in_tree, self._copies.containers)]
+        self._originals = [(container, items(container)) for container in copied]
+        nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
+        near = {id(old) for old, _ in (*objects, *self._of_hooks)}
+        far = [(old, new) for old, new in self._copies.objects if id(old) not in near]
+        nested += [(type(old), vars(new)) for old, new in far]
+        self._nested = [(kind, container, items(container)) for kind, container in nested]
+
+    def _note_attributes(self) -> None:
+        """Notes what copies have, to see what a forward sets; torch's own layers all at once."""
         made = [(old, new, attributes(new)) for old, new in self._holders]
         self._loud = [each for each in made if not is_quiet(each[1])]
         self._quiet = [each for each in made if is_quiet(each[1])]
@@ -129,12 +146,6 @@ class Replica:
             table.values() for _, copy, _ in self._quiet for table in (vars(copy), copy._buffers)
         ]
         self._quiet_made = [*chain.from_iterable(self._quiet_contents)]
-        pairs = list(zip(tree.parameters, leaves, strict=True))
-        self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
-        self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
-        self._taken_over = [version_of(buffer) for buffer in tree.buffers]
-        self._before = [version_of(copy) for copy in buffers]
-        del self._copies  # a cycle, which would leave this replica to the garbage collector
 
     def is_current(self) -> bool:
         """Whether what has been copied is what it was, here and in the original.
@@ -352,12 +363,6 @@ def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
 
 def _uncached(name: str, setter: Any) -> property:
     return property(lambda module: module.parametrizations[name](), setter)
-
-
-def _but(some: list[tuple[Any, Any]], others: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """Those of `some`, originals and copies, that are not among `others`."""
-    left_out = {id(old) for old, _ in others}
-    return [(old, new) for old, new in some if id(old) not in left_out]
 
 
 def _not_of(
