@@ -1,5 +1,7 @@
 """What wrappers take from torch's private parts is still there and still means the same."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -162,6 +164,19 @@ def test_lists_are_copied_and_views_made_with_torchs_private_parts_and_without(m
         flat = torch.zeros(11)
         internals.foreach_copy(internals.unflatten(flat, like), values)
         assert flat.equal(torch.cat([value.reshape(-1) for value in values]))
+
+
+def test_tensors_that_differ_are_found_one_by_one_and_all_at_once():
+    nan, inf = math.nan, math.inf
+    some = [torch.tensor(x) for x in ([1.0, nan], [inf, 2.0], [1.0, 2.0], [1.0, nan], [3, 4], [])]
+    others = [torch.tensor(x) for x in ([1.0, nan], [inf, 2.0], [1.0, 3.0], [nan, 1.0], [3, 5], [])]
+    assert internals.differing(some, others) == [False, False, True, True, True, False]
+    assert internals.same_at_once(some, others) == []  # what is surely the same
+    assert internals.same_at_once(some, some) == [2]
+    two, three = torch.ones(2), torch.ones(3)
+    assert internals.same_at_once([two, two, three], [two, three, three.clone()]) == [0, 2]
+    sparse = torch.eye(3).to_sparse()
+    assert internals.differing([sparse, sparse], [sparse.clone(), 2 * sparse]) == [False, True]
 
 
 def test_sums_of_a_batch_norm_are_those_of_the_formula(monkeypatch):

@@ -238,6 +238,16 @@ def test_what_leaks_out_of_a_lane_into_the_loss_is_an_error(wrap_in_lanes):
         model(torch.randn(4, 3))
 
 
+def test_what_the_user_writes_to_a_buffer_stays_however_it_is_written(wrap):
+    net = wrap(nn.BatchNorm1d(3))
+    net(torch.randn(6, 3))
+    net.num_batches_tracked.data.fill_(7)
+    net.running_mean.detach().numpy()[:] = 5.0
+    net(torch.randn(6, 3))
+    assert net.num_batches_tracked == 8
+    assert net.running_mean.min() > 4.0
+
+
 def test_what_fails_in_shards_alone_is_explained(wrap_in_lanes):
     one_row = wrap_in_lanes(nn.Linear(4, 2))
     with pytest.raises(RuntimeError, match="shapes") as raised:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -132,10 +133,41 @@ def stored(tensor: Tensor) -> list[Tensor]:
 
 
 def same_values(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors on one device are stored as the same values."""
-    if a.layout is torch.strided and b.layout is torch.strided:
-        return torch.equal(a, b)
-    return a.layout is b.layout and all(map(torch.equal, stored(a), stored(b)))
+    """Whether two tensors on one device are stored as the same values, NaN among them."""
+    if a.layout is not b.layout or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return all(
+        torch.equal(x, y) or (x.is_floating_point() and torch.allclose(x, y, 0, 0, True))
+        for x, y in zip(stored(a), stored(b), strict=True)
+    )
+
+
+def differing(some: list[Tensor], others: list[Tensor]) -> list[bool]:
+    """For each of `some` whether its values are others than those of its like in `others`.
+
+    Those on an accelerator, which has to be waited for, are looked at together first.
+    """
+    away = [i for i, tensor in enumerate(some) if not tensor.is_cpu]
+    same = {away[i] for i in same_at_once([some[i] for i in away], [others[i] for i in away])}
+    pairs = enumerate(zip(some, others, strict=True))
+    return [i not in same and not same_values(a, b) for i, (a, b) in pairs]
+
+
+def same_at_once(some: list[Tensor], others: list[Tensor]) -> list[int]:
+    """Which of `some` are surely the same as their like, waiting for each device once."""
+    kinds: dict[Any, list[int]] = {}
+    for i, (a, b) in enumerate(zip(some, others, strict=True)):
+        kind = (a.device, a.dtype, a.layout)
+        is_dense = a.layout is torch.strided and a.is_floating_point() and a.numel()
+        if is_dense and a.shape == b.shape and kind == (b.device, b.dtype, b.layout):
+            kinds.setdefault(kind, []).append(i)
+    found: list[int] = []
+    for indices in kinds.values():
+        here, there = [some[i] for i in indices], [others[i] for i in indices]
+        off = torch._foreach_norm(torch._foreach_sub(here, there), math.inf)  # pyright: ignore
+        are_off = torch.stack([*off]).tolist()  # NaN where both are infinite
+        found += [i for i, is_off in zip(indices, are_off, strict=True) if not is_off]
+    return found
 
 
 def is_batched(tensor: Tensor) -> bool:

@@ -29,7 +29,7 @@ from torch.nn.utils import parametrize
 from .batchnorm import GlobalBatchNorm, global_class
 from .change import Change, restored, without
 from .copies import Copies
-from .internals import same_values, variables_behind, version_of
+from .internals import differing, variables_behind, version_of
 from .observers import Observation, Observer, is_observer
 from .tree import (
     EXECUTION,
@@ -113,7 +113,6 @@ class Replica:
         pairs = list(zip(tree.parameters, leaves, strict=True))
         self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
         self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
-        self._taken_over = [version_of(buffer) for buffer in tree.buffers]
         self._before = [version_of(copy) for copy in buffers]
         del self._copies  # a cycle, which would leave this replica to the garbage collector
 
@@ -174,15 +173,20 @@ class Replica:
     def _take_over(self) -> None:
         for parameter, leaf in self._elsewhere:
             leaf.data.copy_(parameter)
-        for i, (buffer, copy) in enumerate(zip(self._tree.buffers, self._buffers, strict=True)):
-            changed = (
-                version_of(buffer) != self._taken_over[i]
-                or version_of(copy) != self._before[i]
-                or (buffer.is_floating_point() and _differ(buffer, copy))
-            )
-            if changed and copy is not buffer:
-                copy.copy_(buffer)
-            self._taken_over[i], self._before[i] = version_of(buffer), version_of(copy)
+        for i, copy in self._other_values().items():
+            copy.copy_(self._tree.buffers[i])  # alone: an earlier forward's graph may hold the copy
+        self._before = [version_of(copy) for copy in self._buffers]
+
+    def _other_values(self) -> dict[int, Tensor]:
+        """By number, the copies of buffers whose values are not the buffers'.
+
+        Versions do not tell: writing by `.data`, by NumPy, or in torch's batch norm counts none.
+        """
+        pairs = enumerate(zip(self._buffers, self._tree.buffers, strict=True))
+        copies = {i: copy for i, (copy, buffer) in pairs if copy is not buffer}
+        buffers = [self._tree.buffers[i].to(copy.device) for i, copy in copies.items()]
+        differ = differing(buffers, [*copies.values()])
+        return {i: copy for (i, copy), other in zip(copies.items(), differ, strict=True) if other}
 
     def _copy_module(self, module: nn.Module) -> nn.Module:
         copy = object.__new__(_class_for(module, self._sync))
@@ -234,7 +238,7 @@ class Replica:
             if not same(items(container), made):
                 raise NotImplementedError(_NESTED.format(kind.__name__))
         found: dict[Place, Change] = {}
-        written = self._written() | self._rewritten()
+        written = self._written() | {id(copy) for copy in self._other_values().values()}
         for module, copy in self._holders if written else ():
             found.update(_written_to(module, copy, written))
         watched = self._loud if self._are_quiet() else [*self._loud, *self._quiet]
@@ -316,11 +320,7 @@ class Replica:
         for parameter, leaf in self._weights:
             if leaf.data_ptr() != parameter.data_ptr() and leaf.device == parameter.device:
                 parameter.data = leaf.data
-        for i, (copy, buffer) in enumerate(zip(self._buffers, self._tree.buffers, strict=True)):
-            if version_of(copy) != self._before[i]:
-                self._before[i] = version_of(copy)
-                in_step = same_values(copy, buffer.to(copy.device))
-                self._taken_over[i] = version_of(buffer) if in_step else -1
+        self._before = [version_of(copy) for copy in self._buffers]
 
     def hand_back_recomputed(self) -> None:
         """Hands back what a forward that checkpointing repeats has written to buffers."""
@@ -330,24 +330,11 @@ class Replica:
                 self.hand_back(dict(_written_to(module, copy, written)))
             self.settle()
 
-    def _rewritten(self) -> set[int]:
-        """Which have been written to by a way that counts no version: `.data`, or NumPy."""
-        pairs = zip(self._buffers, self._tree.buffers, strict=True)
-        return {id(copy) for copy, buffer in pairs if copy is not buffer and _differ(buffer, copy)}
-
     def _written(self) -> set[int]:
         """Which tensors have been written to in place, as their versions say."""
         now = map(version_of, self._buffers)
         pairs = zip(self._buffers, now, self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
-
-
-def _differ(buffer: Tensor, copy: Tensor) -> bool:
-    """Whether values do; torch's batch norm writes its statistics, and counts no version.
-
-    Only what has changed is copied: an earlier forward's graph may hold the copy.
-    """
-    return not same_values(buffer.to(copy.device), copy)
 
 
 def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
