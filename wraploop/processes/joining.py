@@ -7,6 +7,7 @@ differs from machine to machine. So the processes that are alive agree on a name
     rank r   says hello, with a number drawn just now
     rank 0   answers each number that it finds with one of its own, again when a hello changes
     rank r   confirms the answer to its own number: only a rank 0 that lives can have given it
+    rank 0   says that all have come, for which the others wait
 
 Then they use the part of the store that has that name.
 """
@@ -61,24 +62,37 @@ def agreed_name(store: Any, rank: int, world_size: int, timeout: timedelta) -> s
     """
     own = uuid.uuid4().hex
     if rank == 0:
-        until_s = time.monotonic() + timeout.total_seconds()
-        _answer(store, own, set(range(1, world_size)), until_s)
+        _answer(store, own, set(range(1, world_size)), timeout)
+        store.set(f"complete/{own}", "")
         return own
     store.set(f"hello/{rank}", own)
-    try:
-        store.wait([f"answer/{own}"], timeout)
-    except dist.DistStoreError as error:
-        raise TimeoutError(f"Rank 0 has not come within {timeout}.") from error
+    _wait(store, f"answer/{own}", timeout, "rank 0")
     name = store.get(f"answer/{own}").decode()
     store.set(f"confirmed/{name}/{rank}", "")
+    _wait(store, f"complete/{name}", timeout, "all the others")
     return name
 
 
-def _answer(store: Any, name: str, missing: set[int], until_s: float) -> None:
+def _wait(store: Any, key: str, timeout: timedelta, whom: str) -> None:
+    try:
+        store.wait([key], timeout)
+    except dist.DistStoreError as error:
+        raise _not_come(timeout, whom) from error
+
+
+def _not_come(timeout: timedelta, whom: str) -> TimeoutError:
+    return TimeoutError(
+        f"This process has waited {timeout.total_seconds():.0f} s for {whom} to join. Every "
+        "process must make the same wrapped models, and none end before it makes the first."
+    )
+
+
+def _answer(store: Any, name: str, missing: set[int], timeout: timedelta) -> None:
+    until_s = time.monotonic() + timeout.total_seconds()
     answered: dict[int, bytes] = {}
     while missing:
         if time.monotonic() > until_s:
-            raise TimeoutError(f"The processes of rank {sorted(missing)} have not come in time.")
+            raise _not_come(timeout, f"rank {', '.join(map(str, sorted(missing)))}")
         for rank in sorted(missing):
             hello = store.get(f"hello/{rank}") if store.check([f"hello/{rank}"]) else b""
             if hello and answered.get(rank) != hello:
