@@ -378,6 +378,28 @@ def test_sigterm_to_a_loaders_workers_too_saves_and_leaves(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
 
 
+def test_who_is_told_to_end_while_it_saves_saves_first(tmp_path, monkeypatch):
+    disk = Slow(monkeypatch)
+    child = os.fork()
+    if not child:
+        try:
+            one = learner(History(), Checkpoints(tmp_path, None, every_steps=2, leave_within_s=0.2))
+
+            @one.on(StepEnd, reads=("history",))
+            def tell(learner):
+                if learner.history[TrainingPhase].steps == 3:
+                    threading.Timer(1.0, disk.may_end.set).start()
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            one.fit(1)
+        except SystemExit as left:
+            os._exit(left.code)  # type: ignore[arg-type]
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["step_00000002", "step_00000003"]
+
+
 def test_who_cannot_end_a_step_is_ended(tmp_path):
     child = os.fork()
     if not child:

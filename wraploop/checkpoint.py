@@ -206,15 +206,22 @@ class Writer:
         self._pool = self._pool or ThreadPoolExecutor(1, "wraploop-checkpoint")
         self._running = self._pool.submit(_write_and_remove, state, path, steps, removed)
 
+    def is_writing(self) -> bool:
+        """Whether something is being written."""
+        return self._running is not None and not self._running.done()
+
     def wait(self) -> None:
         """Waits until nothing is being written.
 
         Raises:
             OSError: it could not be.
         """
-        running, self._running = self._running, None
-        if running:
-            running.result()
+        running = self._running
+        try:
+            if running:
+                running.result()
+        finally:
+            self._running = None
 
 
 def _write_and_remove(state: State, path: Path, steps: int, removed: list[Path]) -> None:

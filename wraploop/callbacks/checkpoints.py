@@ -56,7 +56,8 @@ class Checkpoints(Callback):
         keep_latest: how many of the latest are kept: if the newest is damaged, one before it helps.
         every_epochs: after every so many-th epoch.
         every_steps: after every so many-th training step as well.
-        leave_within_s: after SIGTERM the program ends within so many seconds, even if no step ends.
+        leave_within_s: after SIGTERM the program ends within so many seconds, even if no step ends;
+            what is being written is written first.
 
     Raises:
         ValueError: another mode, a negative number; as a fit begins, a phase that it does not run,
@@ -99,7 +100,10 @@ class Checkpoints(Callback):
         self.saved: list[Saved] = []
         if metric is None:
             self.reads = tuple(name for name in self.reads if name != "metrics")
-        self._writer, self._leaving = Writer(), Leaving(leave_within_s)
+        self._writer, self._is_saving = Writer(), False
+        self._leaving = Leaving(
+            leave_within_s, lambda: self._is_saving or self._writer.is_writing()
+        )
 
     @property
     def latest(self) -> Path | None:
@@ -190,7 +194,11 @@ class Checkpoints(Callback):
         kept = self._kept()
         removed, self.saved = [each for each in self.saved if each not in kept], kept
         state = learner.state_dict()
-        processes.on_main(lambda: self._write(state, new, removed, steps_of(learner)))
+        self._is_saving = True  # and waits for what is being written
+        try:
+            processes.on_main(lambda: self._write(state, new, removed, steps_of(learner)))
+        finally:
+            self._is_saving = False
 
     def _write(self, state: dict[str, Any], new: Saved, removed: list[Saved], steps: int) -> None:
         if not processes.is_main_process():

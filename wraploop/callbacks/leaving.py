@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from wraploop import processes
@@ -27,10 +28,12 @@ class Leaving:
     Args:
         within_s: how long after the signal this process ends all the same, if no step ends; if
             another has failed, which is why it is told, it ends at once.
+        is_saving: whether this process saves, which is not counted in.
     """
 
-    def __init__(self, within_s: float) -> None:
+    def __init__(self, within_s: float, is_saving: Callable[[], bool]) -> None:
         self.within_s = within_s
+        self._is_saving = is_saving
         self._is_on = self._is_told = False
         self._put_back: list[Any] = []
 
@@ -109,6 +112,8 @@ class Leaving:
                     self._tell()
                     until_s = time.monotonic() + self.within_s
                     while not in_time.wait(_LOOK_EVERY_S):
+                        if self._is_saving():
+                            until_s = time.monotonic() + self.within_s
                         if time.monotonic() > until_s or processes.failed_elsewhere():
                             os._exit(EXIT_STATUS)
 
