@@ -37,6 +37,7 @@ _TIMEOUT_S = 1800.0  # torch's own, for gloo
 T = TypeVar("T")
 
 _wires: weakref.WeakKeyDictionary[Any, Wire | None] = weakref.WeakKeyDictionary()
+_models: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 class PeerError(RuntimeError):
@@ -57,9 +58,11 @@ class Channel:
     Args:
         group: the process group; None is the default one.
         timeout_s: how long to wait for the others, in seconds; None is half an hour.
+        model: the number of the model that speaks, see `numbered`: another's messages, of another
+            thread say, are never taken for its own.
     """
 
-    def __init__(self, group: Any = None, timeout_s: float | None = None) -> None:
+    def __init__(self, group: Any = None, timeout_s: float | None = None, model: int = 0) -> None:
         self._collectives = Collectives(group)
         self.rank = self._collectives.rank
         self.world_size = self._collectives.world_size
@@ -69,6 +72,8 @@ class Channel:
         self._watch = watch()
         self._advice: dict[str, str] = {}
         self._timeout_s = _TIMEOUT_S if timeout_s is None else timeout_s
+        self._model = model
+        self._whose = f", model {model}" if model > 1 else ""
 
     def is_open(self) -> bool:
         """Whether its process group still is the one that there is."""
@@ -101,6 +106,7 @@ class Channel:
 
     def gather(self, doing: str, *payload: Tensor | bytes) -> list[memoryview]:
         """As `exchange`; it arrives as bytes."""
+        doing += self._whose
         text, whats, facts = doing, [], []
         if self._facts:
             whats, facts = zip(*self._facts, strict=True)
@@ -119,7 +125,7 @@ class Channel:
     def sum(self, flat: Tensor) -> Tensor:
         """The sum of every rank's `flat`, in place. After an `exchange` that has agreed on it."""
         wire = self._wire() if flat.device.type == "cpu" else self._collectives
-        self._waited(lambda: wire.sum(flat, self._timeout_s))
+        self._waited(lambda: wire.sum(flat, self._timeout_s, self._model))
         return flat
 
     def memory(self, size: int) -> Any:
@@ -169,7 +175,8 @@ class Channel:
             lines = "\n".join(f"  rank {rank}: {frame.text}" for rank, frame in enumerate(frames))
             raise PeerError(
                 "The processes do different things, where each must do the same:\n"
-                f"{lines}\nEvery process must run the same step on the same batch."
+                f"{lines}\nEvery process must run the same step on the same batch; models that "
+                "threads run at once each need a process group of their own."
             )
         for rank, frame in enumerate(frames):
             for what, mine, theirs in zip(whats, first.facts, frame.facts, strict=True):
@@ -204,6 +211,13 @@ class Channel:
         finally:
             if watching:
                 watching.is_waiting = False
+
+
+def numbered(group: Any = None) -> int:
+    """The next number of a model of that group: the same on every rank, which make them alike."""
+    of = group or dist.group.WORLD
+    _models[of] = _models.get(of, 0) + 1
+    return _models[of]
 
 
 class Frame(NamedTuple):

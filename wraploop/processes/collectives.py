@@ -43,7 +43,7 @@ class Collectives:
             for message, length in zip(messages, lengths, strict=True)
         ]
 
-    def sum(self, flat: Tensor, timeout_s: float) -> None:
+    def sum(self, flat: Tensor, timeout_s: float, _: int = 0) -> None:
         """Makes `flat` the sum of all ranks' `flat`, in place."""
         self._wait(dist.all_reduce(flat, group=self.group, async_op=True), timeout_s)
 

@@ -13,7 +13,8 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import islice
 
-GATHER, SUM, GIVEN_UP = range(3)  # kinds of messages
+GATHER, GIVEN_UP, SUM = range(3)  # kinds of messages
+SUMS = 128  # kinds of them, from `SUM` on: each for a model's
 _HEAD = struct.Struct("<BQQ")  # the kind and the number of the collective, the message's length
 _MOST_VIEWS = 8  # given to the system at once
 _SMALL = 1 << 14  # bytes that are quicker copied than sent from where they are

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from .arena import Arena, Neighbour
-from .links import GATHER, GIVEN_UP, SUM, Bytes, Incoming, Outgoing
+from .links import GATHER, GIVEN_UP, SUM, SUMS, Bytes, Incoming, Outgoing
 from .packing import view_of
 
 _LENGTH = struct.Struct("<Q")
@@ -109,40 +109,42 @@ class Wire:
         start = self.world_size - self.rank
         return [memoryview(message) for message in have[start:] + have[:start]]
 
-    def sum(self, flat: Tensor, timeout_s: float) -> None:
+    def sum(self, flat: Tensor, timeout_s: float, model: int = 0) -> None:
         """Makes `flat` the sum of all ranks' `flat`, in place.
 
         Args:
             flat: one axis, contiguous, on the CPU; as long on every rank.
             timeout_s: how long to wait for the others, in seconds.
+            model: whose numbers they are; the same on every rank.
 
         Raises:
             TimeoutError: they have not come; then `flat` is neither.
             ConnectionError: as `gather`.
         """
+        kind = SUM + model % SUMS
         with self._collective(timeout_s) as until_s:
-            if places := self._places(flat, until_s):
-                self._sum_in_place(flat, places, until_s)
+            if places := self._places(kind, flat, until_s):
+                self._sum_in_place(kind, flat, places, until_s)
                 return
             size = max(1, _PIECE // flat.element_size())
             other = flat.new_empty(min(size, len(flat)) // self.world_size + 1)
             for piece in flat.split(size):
-                self._sum_piece(piece, other, until_s)
+                self._sum_piece(kind, piece, other, until_s)
 
-    def _places(self, flat: Tensor, until_s: float) -> list[int] | None:
+    def _places(self, kind: int, flat: Tensor, until_s: float) -> list[int] | None:
         """Where in its arena each rank's `flat` begins; None if one does not lie in its."""
         if self.arena is None:
             return None
         place = self.arena.place_of(flat)
         own = _PLACE.pack(-1 if place is None else place, flat.nbytes)
-        said = [_PLACE.unpack(each) for each in self._gather(SUM, [own], until_s)]
+        said = [_PLACE.unpack(each) for each in self._gather(kind, [own], until_s)]
         for rank, (_, size) in enumerate(said):
             if size != flat.nbytes:
                 raise ConnectionError(f"rank {rank} sums another number of bytes")
         places = [place for place, _ in said]
         return None if min(places) < 0 else places
 
-    def _sum_in_place(self, flat: Tensor, places: list[int], until_s: float) -> None:
+    def _sum_in_place(self, kind: int, flat: Tensor, places: list[int], until_s: float) -> None:
         runs = flat.tensor_split(self.world_size)
 
         def theirs(piece: Tensor, rank: int) -> Tensor:
@@ -153,30 +155,30 @@ class Wire:
             for piece in _pieces(runs[self.rank]):
                 for rank in self.neighbours:
                     piece += theirs(piece, rank)
-            self._gather(SUM, [], until_s)
+            self._gather(kind, [], until_s)
             for rank in self.neighbours:
                 for piece in _pieces(runs[rank]):
                     piece.copy_(theirs(piece, rank))
-            self._gather(SUM, [], until_s)  # from here on each may write to its own
+            self._gather(kind, [], until_s)  # from here on each may write to its own
         except BaseException:
             self._given_up.append(flat)
             raise
 
-    def _sum_piece(self, piece: Tensor, other: Tensor, until_s: float) -> None:
+    def _sum_piece(self, kind: int, piece: Tensor, other: Tensor, until_s: float) -> None:
         n, r = self.world_size, self.rank
         runs = piece.tensor_split(n)
         for step in range(1, n):
             into = runs[(r + 1 + step) % n]
             received = other[: len(into)]
-            self._ring(runs[(r + step) % n], received, until_s)
+            self._ring(kind, runs[(r + step) % n], received, until_s)
             into += received
         for step in range(n - 1):
-            self._ring(runs[(r + step) % n], runs[(r + 1 + step) % n], until_s)
+            self._ring(kind, runs[(r + step) % n], runs[(r + 1 + step) % n], until_s)
 
-    def _ring(self, own: Tensor, into: Tensor, until_s: float) -> None:
+    def _ring(self, kind: int, own: Tensor, into: Tensor, until_s: float) -> None:
         target = view_of(into.view(torch.uint8))
-        self._outgoing[0].put(SUM, self._number, [view_of(own.view(torch.uint8))])
-        self._pass(self._outgoing[0], self._incoming[0], SUM, target, until_s)
+        self._outgoing[0].put(kind, self._number, [view_of(own.view(torch.uint8))])
+        self._pass(self._outgoing[0], self._incoming[0], kind, target, until_s)
 
     def _pass(
         self,

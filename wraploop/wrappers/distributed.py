@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from wraploop import processes
-from wraploop.processes.channel import Channel
+from wraploop.processes.channel import Channel, numbered
 
 from .at_step import ReduceAt
 from .batch import Nest, rows_of
@@ -70,6 +70,7 @@ class DistributedModel(ModelWrapper):
     reduce_dtype: torch.dtype | None
     reduce_at: ReduceAt
     _process_group: Any
+    _number: int = 0
 
     def __init__(
         self,
@@ -107,6 +108,8 @@ class DistributedModel(ModelWrapper):
         device = device_ids[0] if device_ids else processes.device()
         if device is not None:
             module.to(device)
+        if processes.is_started():
+            self._number = numbered(process_group)
         channel = self._channel()
         if channel is not None:
             check_same_model(module, channel)
@@ -120,7 +123,7 @@ class DistributedModel(ModelWrapper):
         """The way to the other processes; None if there are none."""
         if not processes.is_started():
             return None
-        channel = Channel(self._process_group, self.timeout_s)
+        channel = Channel(self._process_group, self.timeout_s, self._number)
         return channel if channel.world_size > 1 else None
 
     def _make_runner(self, module: nn.Module, sync_batchnorm: bool) -> RankRunner | LocalRunner:
