@@ -88,6 +88,8 @@ def main() -> None:
     deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     deep_local = DistributedModel(deep, batch="local", timeout_s=3)
 
+    twins = [DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3) for _ in range(2)]
+
     faults: dict[str, Callable[[], Any]] = {
         "another batch": lambda: model(x + RANK),
         "another shape": lambda: model(torch.randn(6, 3 + 2 * RANK)),
@@ -101,6 +103,7 @@ def main() -> None:
         "another parameter": change_on_one,
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
+        "another of two models": lambda: twins[RANK](x + RANK),
         "another graph": lambda: create_graph_on_one(model, x),
         "another graph, own rows": lambda: create_graph_on_one(deep_local, x + RANK),
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
@@ -111,6 +114,7 @@ def main() -> None:
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
     apart = DistributedModel(nn.Linear(3, 1), process_group=dist.new_group(), timeout_s=3)
     attempt("no coming", lambda: apart(x) if RANK == 0 else time.sleep(5))
+    attempt("no adding up", lambda: (time.sleep(3 * RANK), processes.sum(1.0)))
     if RANK:
         raise ValueError("which ends the script")
     attempt("an end", lambda: model(x))

@@ -25,6 +25,8 @@ EXPECTED = {
         r"PeerError The processes do different .*4 of 4 require.*2 of 4 require",
     )
     * 2,
+    "another of two models": (r"PeerError .*rank 0: run .*, model \d.*rank 1: run .*, model \d",)
+    * 2,
     "another graph": ("PeerError The processes do different ",) * 2,
     "another graph, own rows": (r"PeerError The processes do different .*in buckets",) * 2,
     "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
@@ -57,6 +59,9 @@ def test_a_fault_is_an_error_on_every_rank_at_once_and_the_next_step_is_right(go
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(got):
     seconds, text = got["no coming"][0]
     assert re.search(r"Rank 0 has waited 3.*rank 1 did not come; it is at .*faults.py:\d+", text)
+    assert 2 < seconds < 8
+    seconds, text = got["no adding up"][0]
+    assert re.search("Rank 0 has waited 3.*to add numbers up.*rank 1 did not come", text)
     assert 2 < seconds < 8
 
 

@@ -25,6 +25,9 @@ from .joining import join
 __all__ = ["Channel", "PeerError", "failed_elsewhere", "random_state"]
 
 _AVAILABLE = dist.is_available()
+_LONG_S = 1800.0
+
+_timeout_s: float | None = None  # of the group that `start` has joined
 
 
 def is_started() -> bool:
@@ -60,9 +63,13 @@ def start(timeout_s: float = 300.0) -> None:
     one process ends all of them, see `failure`; the group is left when Python ends.
 
     Args:
-        timeout_s: how long a collective waits for the other processes, in seconds.
+        timeout_s: how long a collective waits for the other processes, in seconds. What is here
+            waits as long too, `on_main` half an hour at least; in a group that was started
+            otherwise, half an hour.
     """
+    global _timeout_s
     if not is_started() and join(local_rank(), timeout_s):
+        _timeout_s = timeout_s
         atexit.register(stop)
     if is_started():
         failure.install()
@@ -77,6 +84,8 @@ def device() -> torch.device | None:
 
 def stop() -> None:
     """Leaves the process group, if there is one."""
+    global _timeout_s
+    _timeout_s = None
     if is_started():
         dist.destroy_process_group()
 
@@ -93,7 +102,7 @@ def sum(value: float | Tensor) -> float:
     number = float(value)
     if world_size() == 1:
         return number
-    said = Channel().exchange("add numbers up", _packed(number))
+    said = Channel(None, _timeout_s).exchange("add numbers up", _packed(number))
     return builtins.sum(_unpacked(packed) for packed in said)
 
 
@@ -106,7 +115,8 @@ def gather(value: Any) -> list[Any]:
     """Every process's `value` (anything that pickles), in the order of ranks, on all of them."""
     if world_size() == 1:
         return [value]
-    return [_unpacked(said) for said in Channel().exchange("gather values", _packed(value))]
+    said = Channel(None, _timeout_s).exchange("gather values", _packed(value))
+    return [*map(_unpacked, said)]
 
 
 def on_main(function: Callable[[], Any]) -> Any:
@@ -121,7 +131,8 @@ def on_main(function: Callable[[], Any]) -> Any:
             result = function()
         except Exception as raised:
             error = raised
-    result, message = broadcast((result, error and f"{type(error).__name__}: {error}"))
+    said = result, error and f"{type(error).__name__}: {error}"
+    result, message = _broadcast(said, max(_timeout_s or 0.0, _LONG_S))
     if error:
         raise error
     if message:
@@ -131,10 +142,14 @@ def on_main(function: Callable[[], Any]) -> Any:
 
 def broadcast(value: Any) -> Any:
     """Rank 0's `value` (anything that pickles), on every process."""
+    return _broadcast(value, _timeout_s)
+
+
+def _broadcast(value: Any, timeout_s: float | None) -> Any:
     if world_size() == 1:
         return value
     own = _packed(value if rank() == 0 else None)
-    return _unpacked(Channel().exchange("take over what rank 0 has", own)[0])
+    return _unpacked(Channel(None, timeout_s).exchange("take over what rank 0 has", own)[0])
 
 
 def _packed(value: Any) -> Tensor:
