@@ -149,7 +149,6 @@ class LocalRunner:
             ValueError: the processes pass the same batch, or draw the same numbers.
             PeerError: they do different things, or their parameters differ.
         """
-        self._calls += 1
         if self._names:
             which, parameter = self._names[self._calls % len(self._names)]
             self.channel.agree(f"parameter {which!r}", [fingerprint(parameter)], _DIVERGED)
@@ -159,6 +158,7 @@ class LocalRunner:
         accumulating = "" if self._synced else ", no_sync"
         doing = f"run {name} ({mode}{accumulating})"
         said = self.channel.gather(doing, _TOLD.pack(*own, drew))
+        self._calls += 1  # those that all have made, or ranks would never again ask alike
         told = [*map(_TOLD.unpack, said)]
         counts, batches, randoms, drawn = zip(*told, strict=True)
         full = [rank for rank, count in enumerate(counts) if count and rows]
