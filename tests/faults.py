@@ -41,6 +41,11 @@ def main() -> None:
     model = DistributedModel(norm, timeout_s=3)
     x = torch.randn(6, 3)
 
+    def change_a_whole_one() -> None:
+        with torch.no_grad():
+            next(whole.parameters()).add_(RANK)
+        whole(x)
+
     def train_and_evaluate() -> None:
         model.train(RANK == 0)
         try:
@@ -53,6 +58,7 @@ def main() -> None:
         out.backward() if RANK == 0 else model(x)
 
     refusing = DistributedModel(Refusing())
+    whole = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
 
     def draw_the_same() -> None:
@@ -98,9 +104,11 @@ def main() -> None:
         "no backward": go_on_without_backward,
         "an error in forward": lambda: refusing(x),
         "another exchange": lambda: model(x) if RANK else processes.sum(1.0),
+        "another exchange, own rows": lambda: local(x + RANK) if RANK else processes.sum(1.0),
         "the same rows": lambda: local(x),
         "the same noise": draw_the_same,
         "another parameter": change_on_one,
+        "another parameter, whole batch": change_a_whole_one,
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
         "another of two models": lambda: twins[RANK](x + RANK),

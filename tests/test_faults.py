@@ -16,9 +16,17 @@ EXPECTED = {
     "no backward": ("PeerError The processes do different .*gradient of the loss.*the batch",) * 2,
     "an error in forward": ("PeerError Rank 1 failed.*KeyError", "KeyError"),
     "another exchange": ("PeerError The processes do different .*add numbers up.*the batch",) * 2,
+    "another exchange, own rows": (
+        "PeerError The processes do different .*add numbers up.*run Linear.forward",
+    )
+    * 2,
     "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,
     "the same noise": ("ValueError Every process has drawn the same random numbers",) * 2,
     "another parameter": ("PeerError Rank 1 has another parameter '(weight|bias)'",) * 2,
+    "another parameter, whole batch": (
+        "(ValueError|PeerError Rank . failed).*couples rows.*Or a rank has other parameters",
+    )
+    * 2,
     "another frozen": (r"PeerError The processes do different .*6 of 6 require.*4 of 6 require",)
     * 2,
     "another frozen, own rows": (

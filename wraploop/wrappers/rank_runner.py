@@ -131,7 +131,10 @@ class RankRunner:
         output = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
         if expected:
-            expected.check(call, output, ran)
+            try:
+                expected.check(call, output, ran)
+            except ValueError as error:
+                raise ValueError(f"{error} {_OR_DIVERGED}") from error
         return output
 
     def _agreed(
@@ -192,3 +195,8 @@ class RankRunner:
         values = {place[1]: plain_values(change.value) for place, change in ran.changes.items()}
         left = f", having set {values}" if any(values.values()) else ""
         return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}"
+
+
+_OR_DIVERGED = (
+    "Or a rank has other parameters or buffers than the others: change them alike on all."
+)
