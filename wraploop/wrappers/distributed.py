@@ -108,7 +108,7 @@ class DistributedModel(ModelWrapper):
         device = device_ids[0] if device_ids else processes.device()
         if device is not None:
             module.to(device)
-        if processes.is_started():
+        if processes.is_started() and dist.get_world_size(process_group) > 1:
             self._number = numbered(process_group)
         channel = self._channel()
         if channel is not None:
