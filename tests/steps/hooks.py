@@ -291,7 +291,7 @@ class EqualizedCritic(nn.Module):
 
     def forward(self, x):
         h = self.a(x)
-        return self.b(torch.cat([h, h.std(0).mean().expand(len(x), 1)], 1))
+        return self.b(torch.cat([h, h.std(0, correction=0).mean().expand(len(x), 1)], 1))
 
 
 @step(net=EqualizedCritic, refused="couples rows")
