@@ -226,10 +226,10 @@ def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
 
 
 _DIVERGED = (
-    "Its values were set after wrapping, from numbers that each process draws for itself (initialize "
-    "before), or it has been updated otherwise: by a gradient that was not brought together (of a "
-    "use through `wrapper.module`, or in the loss), or as a process's own loss had it (a scheduler, "
-    "a line search)."
+    "Its values were set after wrapping, from numbers that each process draws for itself "
+    "(initialize before), or it has been updated otherwise: by a gradient that was not brought "
+    "together (of a use through `wrapper.module`, or in the loss), or as a process's own loss had "
+    "it (a scheduler, a line search)."
 )
 
 _SAME_BATCH = (
