@@ -45,7 +45,7 @@ def _own(self: Wire, parts: Sequence[Bytes], timeout_s: float) -> list[memoryvie
     return [memoryview(bytearray().join(parts)) for _ in range(self.world_size)]
 
 
-def _unsummed(self: Wire, flat: Tensor, timeout_s: float) -> None:
+def _unsummed(self: Wire, flat: Tensor, timeout_s: float, model: int = 0) -> None:
     pass
 
 

@@ -89,8 +89,8 @@ def noted() -> Iterator[list[Collective]]:
         found.append(Collective("gather", max(map(len, everyone))))
         return everyone
 
-    def noted_sum(self: Wire, flat: Tensor, timeout_s: float) -> None:
-        total(self, flat, timeout_s)
+    def noted_sum(self: Wire, flat: Tensor, timeout_s: float, model: int = 0) -> None:
+        total(self, flat, timeout_s, model)
         found.append(Collective("sum", flat.nbytes))
 
     Wire.gather, Wire.sum = noted_gather, noted_sum
