@@ -297,3 +297,22 @@ class EqualizedCritic(nn.Module):
 @step(net=EqualizedCritic, refused="couples rows")
 def coupled_rows_of_a_model_with_hooks(m, o, k):
     update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+
+class HooksItself(nn.Module):
+    """Registers a hook when it is first called, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.is_hooked = nn.Linear(3, 2), False
+
+    def forward(self, x):
+        if not self.is_hooked:
+            self.layer.register_forward_hook(lambda _, args, out: torch.neg(torch.as_tensor(out)))
+            self.is_hooked = True
+        return self.layer(x)
+
+
+@step(net=HooksItself, refused="registers or removes hooks")
+def hooks_registered_by_the_first_forward(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())

@@ -96,6 +96,7 @@ class Replica:
         self.observed: list[Observation] = []
         self.hooks: list[Callable[..., Any]] = []
         self._of_hooks: list[tuple[Any, Any]] = []
+        self._hook_tables: list[dict[int, Any]] = []
         self._modules: list[tuple[nn.Module, nn.Module]] = []
         self._memo: dict[int, Any] = {}
         olds, news = [*tree.parameters, *tree.buffers], [*leaves, *buffers]
@@ -145,6 +146,7 @@ class Replica:
             table.values() for _, copy, _ in self._quiet for table in (vars(copy), copy._buffers)
         ]
         self._quiet_made = [*chain.from_iterable(self._quiet_contents)]
+        self._hook_counts = [*map(len, self._hook_tables)]
 
     def is_current(self) -> bool:
         """Whether what has been copied is what it was, here and in the original.
@@ -195,8 +197,9 @@ class Replica:
         for name, value in module.__dict__.items():
             if name == EXECUTION:
                 continue
-            if name in ("_forward_hooks", "_forward_pre_hooks") and value and self._observes:
-                copy.__dict__[name] = self._copy_hooks(module, value)
+            if name in ("_forward_hooks", "_forward_pre_hooks") and self._observes:
+                copy.__dict__[name] = table = self._copy_hooks(module, value)
+                self._hook_tables.append(table)
                 continue
             copied = self._copies.of(value)
             if copied is value and (is_own_container(name, value) or is_plain_object(value)):
@@ -237,6 +240,8 @@ class Replica:
         for kind, container, made in self._nested:
             if not same(items(container), made):
                 raise NotImplementedError(_NESTED.format(kind.__name__))
+        if [*map(len, self._hook_tables)] != self._hook_counts:
+            raise NotImplementedError(_HOOKED)
         found: dict[Place, Change] = {}
         written = self._written() | {id(copy) for copy in self._other_values().values()}
         for module, copy in self._holders if written else ():
@@ -367,6 +372,12 @@ def _written_to(module: Any, copy: Any, written: set[int]) -> Iterator[tuple[Pla
             change = Change(tensor, is_buffer=True, is_in_place=True, is_agreed=is_agreed)
             yield (Ref(module), name), change
 
+
+_HOOKED = (
+    "The forward registers or removes hooks, which each shard would do on a copy of its own. Do it "
+    "outside of the forward; if the forward does it once, when first called, call the model once "
+    "before wrapping it."
+)
 
 _NESTED = (
     "The forward changes a {} that holds modules, inside another container. Keep what it changes "
