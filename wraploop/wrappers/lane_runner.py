@@ -187,6 +187,8 @@ class LaneRunner:
                 raise NotImplementedError(_COMPILED)
             self._draws[state] = True
         written = {p for mine in ran for p, change in mine.changes.items() if change.is_in_place}
+        if not written:
+            return ran
         return [
             mine._replace(changes={**replica.as_it_is(written - {*mine.changes}), **mine.changes})
             for mine, replica in zip(ran, replicas, strict=True)

@@ -114,7 +114,7 @@ class Replica:
         pairs = list(zip(tree.parameters, leaves, strict=True))
         self._own_leaves = [leaf for whole, leaf in pairs if leaf.is_leaf and leaf is not whole]
         self._elsewhere = [(w, leaf) for w, leaf in pairs if leaf.device != w.device]
-        self._before = [version_of(copy) for copy in buffers]
+        self._before = self._versions()
         del self._copies  # a cycle, which would leave this replica to the garbage collector
 
     def _note_containers(self) -> None:
@@ -127,8 +127,8 @@ class Replica:
         self._holders = [*self._modules, *objects]
         self._inner = _not_of(self._modules, self._copies.containers)
         in_tree = [(old, new) for old, new in self._modules if Ref(old) in known]
-        outside = [old for old, _ in self._modules if Ref(old) not in known]
-        copied = [vars(old) for old in (*(old for old, _ in self._copies.objects), *outside)]
+        copied = [vars(old) for old, _ in self._copies.objects]
+        copied += [vars(old) for old, _ in self._modules if Ref(old) not in known]
         copied += [old for old, _ in _not_of(in_tree, self._copies.containers)]
         self._originals = [(container, items(container)) for container in copied]
         nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
@@ -177,7 +177,7 @@ class Replica:
             leaf.data.copy_(parameter)
         for i, copy in self._other_values().items():
             copy.copy_(self._tree.buffers[i])  # alone: an earlier forward's graph may hold the copy
-        self._before = [version_of(copy) for copy in self._buffers]
+        self._before = self._versions()
 
     def _other_values(self) -> dict[int, Tensor]:
         """By number, the copies of buffers whose values are not the buffers'.
@@ -325,7 +325,7 @@ class Replica:
         for parameter, leaf in self._weights:
             if leaf.data_ptr() != parameter.data_ptr() and leaf.device == parameter.device:
                 parameter.data = leaf.data
-        self._before = [version_of(copy) for copy in self._buffers]
+        self._before = self._versions()
 
     def hand_back_recomputed(self) -> None:
         """Hands back what a forward that checkpointing repeats has written to buffers."""
@@ -337,9 +337,11 @@ class Replica:
 
     def _written(self) -> set[int]:
         """Which tensors have been written to in place, as their versions say."""
-        now = map(version_of, self._buffers)
-        pairs = zip(self._buffers, now, self._before, strict=True)
+        pairs = zip(self._buffers, self._versions(), self._before, strict=True)
         return {id(buffer) for buffer, version, before in pairs if version != before}
+
+    def _versions(self) -> list[int]:
+        return [version_of(buffer) for buffer in self._buffers]
 
 
 def _class_for(module: nn.Module, sync: bool) -> type[nn.Module]:
