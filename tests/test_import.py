@@ -52,6 +52,28 @@ def test_names_are_imported_when_they_are_asked_for():
     subprocess.run([sys.executable, "-c", script], timeout=100, check=True)
 
 
+IMPORT_EACH = """
+import importlib, os, sys, torch
+for name in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        importlib.import_module(name)
+        os._exit(0)  # and with 1 after a traceback
+    if os.waitpid(child, 0)[1]:
+        sys.exit(name)
+"""
+
+
+def test_each_module_can_be_the_first_that_is_imported():
+    package = Path(wraploop.__file__).parent
+    paths = [path.relative_to(package.parent).with_suffix("") for path in package.rglob("*.py")]
+    names = [".".join(path.parts).removesuffix(".__init__") for path in paths]
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_EACH, *names], capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_type_checkers_see_the_same_names():
     homes = vars(wraploop)["_HOMES"]
     stub = ast.parse(Path(wraploop.__file__).with_suffix(".pyi").read_text())

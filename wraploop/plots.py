@@ -13,7 +13,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wraploop.callbacks.metrics import PhaseMetrics
 from wraploop.images import matplotlib, whole
 from wraploop.phases import AbstractTrainingPhase, ValidationPhase
 from wraploop.schedules import Schedule
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from wraploop.callbacks.metrics import PhaseMetrics
     from wraploop.learner import Learner
 
 _FAINT: dict[str, Any] = {"alpha": 0.4, "linewidth": 0.8}
