@@ -17,6 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from wraploop import DataParallel, ThreadedCPUParallel
 from wraploop.wrappers import lanes, threads
+from wraploop.wrappers.replica import Replica
+from wraploop.wrappers.tuning import Tuner
 
 
 class Recorder(nn.Module):
@@ -167,7 +169,32 @@ def test_auto_settles_on_a_number_of_threads_and_computes_the_same_meanwhile():
         torch.testing.assert_close([p.grad for p in model.parameters()], expected)
 
     (tuner,) = vars(model)["_wraploop_execution"]._tuners.values()
-    assert tuner.chosen in (1, torch.get_num_threads())
+    cores = torch.get_num_threads()
+    assert tuner.chosen in {tuner.plain, (1, 1), (max(1, cores // 2), min(cores, 2)), (cores, 1)}
+
+
+def test_auto_holds_against_plain_torch_only_what_plain_torch_would_cost(monkeypatch):
+    """What a lane costs besides its work, here much, is spared where auto chooses no lanes."""
+    slow_s, settle = 0.05, Replica.settle
+    monkeypatch.setattr(Replica, "settle", lambda replica: (time.sleep(slow_s), settle(replica)))
+    noted = {}
+    note = Tuner.note
+
+    def watch(tuner, part, split, seconds):
+        noted.setdefault((part, split == tuner.plain), []).append(seconds)
+        note(tuner, part, split, seconds)
+
+    monkeypatch.setattr(Tuner, "note", watch)
+    cores = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model = ThreadedCPUParallel(nn.Linear(3, 1))
+        for _ in range(6):
+            model(torch.ones(4, 3)).sum().backward()
+    finally:
+        torch.set_num_threads(cores)
+    assert 0 < min(noted["forward", True]) < slow_s < min(noted["forward", False])
+    assert 0 < min(noted["backward", True])
 
 
 def test_auto_computes_the_same_where_one_backward_follows_two_forwards():

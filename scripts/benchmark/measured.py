@@ -54,7 +54,7 @@ class Measured:
         seconds: a step's, in each round.
         sent_bytes: by all processes together in a step, in each round, TCP's headers included.
         peak_mib: the most memory that rank 0 took, over what it had before the model was made.
-        lanes: how many threads `threads="auto"` has chosen, if the way has it.
+        chosen: what `threads="auto"` has, lanes x operator threads, if the way has it.
         deciding_steps: after how many.
     """
 
@@ -64,7 +64,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     sent_bytes: list[float] = field(default_factory=list)
     peak_mib: float = math.nan
-    lanes: int | None = None
+    chosen: str | None = None
     deciding_steps: int | None = None
 
     @property

@@ -48,7 +48,7 @@ def _row(results: Results, m: Measured) -> dict[str, float | str | None]:
     for reference in REFERENCES.values():
         ratio = results.ratio(m.case, m.way.name, reference)
         row += ratio[:3] if ratio else (None, None, None)
-    row += [_known(m.peak_mib), _known(m.sent), m.lanes, m.deciding_steps]
+    row += [_known(m.peak_mib), _known(m.sent), m.chosen, m.deciding_steps]
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -96,8 +96,8 @@ def short(results: Results) -> str:
         threads = results.get(case, "threads")
         ratios = [results.ratio(case, *ways) for ways in SHORT.values()]
         cells = [_number(ratio.middle) if ratio else "" for ratio in ratios]
-        if threads and threads.lanes:
-            cells[0] += f" ({threads.lanes})"
+        if threads and threads.chosen:
+            cells[0] += f" ({threads.chosen})"
         times = [_number(1e3 * m.step_s) if m else "" for m in (plain, ddp)]
         lines.append([case.name, *times, *cells, *_peaks(ddp, local)])
     means = []
@@ -117,7 +117,7 @@ def _cells(results: Results, m: Measured) -> list[str]:
     cells = [m.way.name, f"{m.way.processes} x {m.way.threads}", *_spread(step)]
     for reference in REFERENCES.values():
         cells += _spread(results.ratio(m.case, m.way.name, reference))
-    chose = f"{m.lanes} after {m.deciding_steps}" if m.lanes else ""
+    chose = f"{m.chosen} after {m.deciding_steps}" if m.chosen else ""
     return [*cells, _number(m.peak_mib), _number(m.sent / MIB), chose]
 
 

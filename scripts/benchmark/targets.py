@@ -65,7 +65,7 @@ def _threads(results: Results) -> Iterator[Target]:
     ratios = _ratios(results, "threads", "plain")
     for name, ratio in ratios.items():
         yield _each(f"threads / plain, {name}", ratio, _LEAST_OVER_PLAIN.get(name, 0.98))
-    chosen = [ratios[case.name] for case in results.cases if _lanes(results, case) > 1]
+    chosen = [ratios[case.name] for case in results.cases if _has_lanes(results, case)]
     if chosen:
         yield _mean("threads / plain, where auto chose threads", geometric_mean(chosen), 1.15)
     deciding = [m.deciding_steps for m in results.all if m.deciding_steps]
@@ -76,10 +76,12 @@ def _threads(results: Results) -> Iterator[Target]:
 _LEAST_OVER_PLAIN = {"lstm": 1.4, "transformer": 1.1}
 
 
-def _lanes(results: Results, case: Case) -> int:
-    """How many threads auto has chosen, 1 where the ratio to plain is not known."""
+def _has_lanes(results: Results, case: Case) -> bool:
+    """Whether auto has chosen more than one lane, and plain is there to compare."""
     threads = results.get(case, "threads")
-    return (threads.lanes or 1) if threads and results.get(case, "plain") else 1
+    if not threads or not threads.chosen or not results.get(case, "plain"):
+        return False
+    return any(not split.startswith("1 x") for split in threads.chosen.split(", "))
 
 
 def _threads_over_ddp(results: Results) -> Iterator[Target]:

@@ -38,10 +38,12 @@ class Training(ABC):
         """Makes so many steps."""
 
     @property
-    def lanes(self) -> int | None:
-        """The largest number that `threads="auto"` has chosen for a network; None without auto."""
-        chosen = [tuner.chosen for tuner in self._tuners]
-        return max(chosen) if chosen and None not in chosen else None
+    def chosen(self) -> str | None:
+        """What `threads="auto"` has, lanes x operator threads, of each kind of call; else None."""
+        chosen = {tuner.chosen for tuner in self._tuners}
+        if not chosen or None in chosen:
+            return None
+        return ", ".join(f"{lanes} x {threads}" for lanes, threads in sorted(chosen))
 
     @property
     def is_deciding(self) -> bool:

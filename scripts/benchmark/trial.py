@@ -67,8 +67,8 @@ def _warm_up(crew: Crew, measured: Measured) -> None:
     decided = crew.ask(count, turns.warm_up, case, way, LEAST_WARM_UP_STEPS)[0]
     if time.perf_counter() - begun_s < WARM_UP_S:  # asked here, so that no process decides alone
         crew.ask(count, turns.warm_up, case, way, WARM_UP_STEPS - LEAST_WARM_UP_STEPS)
-    measured.lanes = crew.ask(count, turns.lanes, case, way)[0]
-    measured.deciding_steps = decided if measured.lanes else None
+    measured.chosen = crew.ask(count, turns.chosen, case, way)[0]
+    measured.deciding_steps = decided if measured.chosen else None
     seconds = max(crew.ask(count, turns.turn, case, way, FIRST_STEPS, 0))
     measured.steps = min(max(round(TURN_S / seconds), 1), MOST_STEPS)
 

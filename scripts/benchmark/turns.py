@@ -37,9 +37,9 @@ def warm_up(member: Member, case: Case, way: Way, steps: int) -> int:
     return decided
 
 
-def lanes(member: Member, case: Case, way: Way) -> int | None:
-    """How many threads `threads="auto"` has chosen, if it has."""
-    return kept(member, case, way).lanes
+def chosen(member: Member, case: Case, way: Way) -> str | None:
+    """What `threads="auto"` has chosen, if it has."""
+    return kept(member, case, way).chosen
 
 
 def turn(member: Member, case: Case, way: Way, steps: int, number: int) -> float:

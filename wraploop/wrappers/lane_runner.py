@@ -24,7 +24,7 @@ from .probe import Expected, Probe, explained
 from .replica import Replica
 from .replicas import Replicas, alias
 from .threads import Threads
-from .tuning import Tuner
+from .tuning import Split, Tuner
 
 
 class LaneRunner:
@@ -46,17 +46,17 @@ class LaneRunner:
         self._draws: dict[tuple[str, bool], bool] = {}
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
 
-    def tuner(self, call: Call, most: int) -> Tuner:
-        """What looks for the fastest number of lanes, up to `most`, for calls like `call`."""
+    def tuner(self, call: Call, cores: int) -> Tuner:
+        """What looks for the fastest way to use so many cores, for calls like `call`."""
         kind = (call.method, self.module.training, torch.is_grad_enabled())
         if kind not in self._tuners:
-            self._tuners[kind] = Tuner(most)
+            self._tuners[kind] = Tuner(cores)
         return self._tuners[kind]
 
     def runs_plainly(self, module: nn.Module, method: str) -> bool:
-        """Whether one lane is fastest for calls of `module`'s `method`, as things are now."""
+        """Whether torch alone is fastest for calls of `module`'s `method`, as things are now."""
         tuner = self._tuners.get((method, module.training, torch.is_grad_enabled()))
-        return tuner is not None and tuner.chosen == 1 and module is self.module
+        return tuner is not None and tuner.chosen == tuner.plain and module is self.module
 
     def run(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None = None) -> Nest:
         """Makes `call`, whose batch has `rows` rows, with a lane for each of `lanes.devices`."""
@@ -73,30 +73,35 @@ class LaneRunner:
     def _run_timed(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None) -> Nest:
         count = len(lanes.devices)
         expected = self._probe.expect(call) if count > 1 and self._probe else None
+        group = LaneGroup(split(rows, count), lanes, self._threads)
         if tuner is None or tuner.chosen:
-            return self._run(call, rows, lanes, expected, None)
+            return self._run(call, lanes, group, expected, None)
+        used = Split(count, lanes.operator_threads or 0)
+
+        def note(part: str, seconds: float) -> None:
+            # Torch alone will be spared what one lane costs
+            tuner.note(part, used, group.took_s if used == tuner.plain else seconds)
+
         begun_s = time.perf_counter()
-        note = partial(tuner.note, "backward", count)
-        output = self._run(call, rows, lanes, expected, note)
-        tuner.note("forward", count, time.perf_counter() - begun_s)
+        output = self._run(call, lanes, group, expected, partial(note, "backward"))
+        note("forward", time.perf_counter() - begun_s)
         return output
 
     def _run(
         self,
         call: Call,
-        rows: int,
         lanes: Lanes,
+        group: LaneGroup,
         expected: Expected | None,
         on_backward: Callable[[float], None] | None,
     ) -> Nest:
-        group = LaneGroup(split(rows, len(lanes.devices)), lanes, self._threads)
         with group.turn():  # no other thread's backward is under way
             tree, replicas = self._replicas.get(lanes.devices)
 
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = [*call.inputs, *tree.carried.values()]
         moves: list[Move] = [move_in(x) for x in call.inputs]
-        moves += carried_moves(tree, replicas[0].rows, rows)
+        moves += carried_moves(tree, replicas[0].rows, sum(group.sizes))
         leaves = [
             [_leaf(group.go_in(x, move, lane), x) for x, move in zip(inputs, moves, strict=True)]
             for lane in range(len(replicas))

@@ -12,6 +12,7 @@ order of the lanes, so that every run gives the same bits.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -138,7 +139,10 @@ class LaneGroup:
     Attributes:
         sizes: how many rows each lane has.
         weights: each lane's share of all rows.
+        took_s: how many seconds lane 0 has worked in the last pass.
     """
+
+    took_s = 0.0
 
     def __init__(self, rows: list[slice], lanes: Lanes, threads: Threads) -> None:
         self._rows = rows
@@ -173,6 +177,7 @@ class LaneGroup:
         return self._threads.turn() if shards.current() is None else nullcontext()
 
     def _run_lane(self, work: Callable[[int], T], lane: Lane) -> T:
+        begun_s = time.perf_counter()
         try:
             with shards.running(lane):
                 return work(lane.index)
@@ -182,6 +187,8 @@ class LaneGroup:
             raise
         finally:
             self._meeting.leave()
+            if lane.index == 0:
+                self.took_s = time.perf_counter() - begun_s
 
     def go_in(self, whole: Tensor, move: Move, lane: int) -> Tensor:
         """What `lane` gets of `whole`: its rows ("scatter") or all of it ("share")."""

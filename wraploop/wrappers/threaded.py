@@ -13,6 +13,7 @@ from .internals import is_transformed
 from .lane_runner import LaneRunner
 from .lanes import Lanes
 from .tree import EXECUTION
+from .tuning import Split
 from .wrapper import ModelWrapper
 
 
@@ -24,9 +25,9 @@ class ThreadedCPUParallel(ModelWrapper):
     Args:
         module: the module to run.
         threads: how many shards run at once; with "auto" the first calls are made with different
-            numbers of them, timed, and the fastest stays, plain torch included. As that depends on
-            time, two runs may then differ in the order of summation: give a number to have the
-            same bits on every run.
+            numbers of them, and of threads inside operators, timed, and the fastest stays, plain
+            torch included. As that depends on time, two runs may then differ in the order of
+            summation: give a number to have the same bits on every run.
         methods: which of its methods besides forward take a batch, and run like forward.
         sync_batchnorm: whether its batch norms use the statistics of the whole batch.
 
@@ -63,9 +64,16 @@ class ThreadedCPUParallel(ModelWrapper):
         if not rows or is_transformed():
             return call.on(self.module)
         runner = self._execution(LaneRunner)
-        tuner = runner.tuner(call, torch.get_num_threads()) if self.threads == "auto" else None
-        lanes = min(tuner.next() if tuner else int(self.threads), rows)
-        if lanes == 1 and (tuner is None or tuner.chosen):
-            return call.on(self.module)  # one row
-        operator_threads = max(1, torch.get_num_threads() // lanes)
+        cores = torch.get_num_threads()
+        tuner = runner.tuner(call, cores) if self.threads == "auto" else None
+        lanes, operator_threads = tuner.next() if tuner else _split(int(self.threads), cores)
+        if rows < lanes:
+            lanes, operator_threads = _split(rows, cores)
+        plain = tuner.plain if tuner else Split(1, cores)
+        if (lanes, operator_threads) == plain and (tuner is None or tuner.chosen):
+            return call.on(self.module)
         return runner.run(call, rows, Lanes([None] * lanes, None, operator_threads), tuner)
+
+
+def _split(lanes: int, cores: int) -> Split:
+    return Split(lanes, max(1, cores // lanes))

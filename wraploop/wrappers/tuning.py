@@ -1,47 +1,63 @@
-"""Finding the fastest number of lanes, by running with each for a while."""
+"""Finding the fastest way to use the cores, by running in each for a while."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from typing import NamedTuple
 
 _CALLS = 18  # that are tried, if each has its backward
 _MOST_CALLS = 3 * _CALLS
-_WARM_UP = 1  # of them, with each number of lanes
-_GAIN = 0.9  # more than one lane must take at most this part of the time of one
+_WARM_UP = 1  # of them, with each split
+_GAIN = 0.9  # another split must take at most this part of plain torch's time
+
+
+class Split(NamedTuple):
+    """How cores are divided: so many lanes, each with so many threads inside its operators."""
+
+    lanes: int
+    operator_threads: int
 
 
 class Tuner:
-    """Says how many lanes the next call should have, until it has seen which is fastest.
+    """Says how the next call should use the cores, until it has seen which split is fastest.
 
-    It only looks at calls that are made anyway, each of which computes the same with any number
-    of lanes. A call is its forward, and its backward if it has one.
+    It only looks at calls that are made anyway, each of which computes the same in any split. A
+    call is its forward, and its backward if it has one.
 
     Args:
-        most: the largest number of lanes to try.
+        cores: how many threads there may be in all.
+
+    Attributes:
+        plain: one lane with all cores inside operators, which is torch alone.
+        chosen: the fastest split, once it is known.
     """
 
-    def __init__(self, most: int) -> None:
-        self._candidates = sorted({1, most, max(1, most // 2)})
-        self._seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    def __init__(self, cores: int) -> None:
+        self.plain = Split(1, cores)
+        some = max(1, cores // 2)
+        self._candidates = sorted(
+            {self.plain, Split(1, 1), Split(some, cores // some), Split(cores, 1)}
+        )
+        self._seconds: dict[tuple[str, Split], list[float]] = defaultdict(list)
         self._calls = 0
-        self.chosen: int | None = 1 if most == 1 else None
+        self.chosen: Split | None = self.plain if cores == 1 else None
 
-    def next(self) -> int:
-        """How many lanes the next call should have."""
+    def next(self) -> Split:
+        """How the next call should use them."""
         if self.chosen is not None:
             return self.chosen
         self._calls += 1
         return self._candidates[self._calls % len(self._candidates)]
 
-    def note(self, part: str, lanes: int, seconds: float) -> None:
-        """Takes note that a `"forward"` or `"backward"` with so many lanes took so long."""
+    def note(self, part: str, split: Split, seconds: float) -> None:
+        """Takes note that a `"forward"` or `"backward"` took so long, or would if chosen."""
         if self.chosen is None:
-            self._seconds[part, lanes].append(seconds)
+            self._seconds[part, split].append(seconds)
             self._choose()
 
     def _choose(self) -> None:
         samples = {
-            part: [self._seconds[part, lanes][_WARM_UP:] for lanes in self._candidates]
+            part: [self._seconds[part, split][_WARM_UP:] for split in self._candidates]
             for part in {part for part, _ in self._seconds}
         }
         fewest = min(len(one) for each in samples.values() for one in each)
@@ -50,9 +66,9 @@ class Tuner:
             return
         known = [each for each in samples.values() if all(each)]
         costs = [sum(map(_median, column)) for column in zip(*known, strict=True)]
-        cost = dict(zip(self._candidates, costs, strict=True)) if known else {1: 0.0}
+        cost = dict(zip(self._candidates, costs, strict=True)) if known else {self.plain: 0.0}
         fastest = min(cost, key=cost.__getitem__)
-        self.chosen = fastest if cost[fastest] < _GAIN * cost[1] else 1
+        self.chosen = fastest if cost[fastest] < _GAIN * cost[self.plain] else self.plain
 
 
 def _median(values: list[float]) -> float:
