@@ -18,13 +18,16 @@ MIB = 2**20
 _HERE = Path(__file__).resolve().parent
 _STATUS = Path("/proc/self/status")
 _NETWORK = Path("/proc/net/dev")
+_POLICY = "OMP_WAIT_POLICY"  # whether idle threads of operators spin for a while, as by default
 
 
 def described() -> str:
     """The machine, the versions and the day, in a line."""
     versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    waiting = os.environ.get(_POLICY)
+    policy = f", {_POLICY}={waiting}" if waiting else ""
     today = datetime.date.today()
-    return f"{_processor()}, {CORES} cores, {versions}, {today}{_revision()}"
+    return f"{_processor()}, {CORES} cores{policy}, {versions}, {today}{_revision()}"
 
 
 def _processor() -> str:
