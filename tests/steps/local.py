@@ -14,6 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from wraploop import DistributedModel, processes
+
 from .registry import SGD, each, mine, mlp, randint, randn, sgd, step, update
 
 mean = partial(step, local="mean")
@@ -69,6 +71,18 @@ def own_rows_fewer_than_processes(m, o, k):
     rows = (1, 3, 1, 2)[k]
     x, y = batch(k, rows)
     update(o.net, F.mse_loss(m.net(x), y))
+
+
+@mean(net=normed)
+def values_set_after_wrapping(m, o, k):
+    """As in PyTorch's DCGAN tutorial; every rank draws others, and rank 0's are meant."""
+    if k == 0:
+        rank = processes.rank() if isinstance(m.net, DistributedModel) else 0
+        drawing = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for tensor in (*m.net.parameters(), m.net.get_buffer("1.running_mean")):
+                tensor.normal_(generator=drawing)
+    update(o.net, fit(m.net, k))
 
 
 @step(net=net, steps=4, local="sum")

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from wraploop import processes
 from wraploop.processes.channel import Channel, numbered
@@ -16,9 +16,10 @@ from wraploop.processes.channel import Channel, numbered
 from .at_step import ReduceAt
 from .batch import Nest, rows_of
 from .call import Call
-from .internals import is_transformed, stored
+from .internals import is_transformed
 from .local_runner import LocalRunner, Reduction
 from .rank_runner import RankRunner
+from .same_model import broadcast, check_same_model
 from .tree import EXECUTION
 from .wrapper import ModelWrapper
 
@@ -32,6 +33,7 @@ class DistributedModel(ModelWrapper):
     Making it joins the process group that torchrun describes (nccl for CUDA, gloo for the CPU),
     moves the module to this process's device, gives all processes rank 0's parameters and buffers,
     and puts their random states in step, so that what the step draws is the same in all.
+    Values set before the first call, by an initialization or a checkpoint, are rank 0's too.
 
     With `batch="local"` the batch is not gathered: every process passes rows of its own (see
     `shard`), gets their outputs, and makes a loss of them; gradients are those of the mean of the
@@ -186,55 +188,3 @@ def _floating(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if found is None or (isinstance(found, torch.dtype) and found.is_floating_point):
         return found
     raise ValueError(f'reduce_dtype must be a floating dtype, such as "bfloat16"; got {dtype!r}.')
-
-
-def check_same_model(module: nn.Module, channel: Channel) -> None:
-    """Checks that all processes have modules with the same parameters and buffers, in order.
-
-    Raises:
-        ValueError: on every rank, naming the first rank that differs from rank 0, and where.
-    """
-    described = "\n".join(_described(module))
-    received = channel.exchange("compare models", _bytes(described))
-    texts = [bytes(text.numpy()).decode().split("\n") for text in received]
-    for rank, lines in enumerate(texts):
-        if lines == texts[0]:
-            continue
-        longest = max(len(lines), len(texts[0]))
-        pairs = zip(_padded(texts[0], longest), _padded(lines, longest), strict=True)
-        first, mine = next((a, b) for a, b in pairs if a != b)
-        raise ValueError(
-            f"The processes' models differ. Rank 0 has {first}, where rank {rank} has {mine}. Make "
-            "the same model in every process before wrapping it."
-        )
-
-
-def _described(module: nn.Module) -> list[str]:
-    tensors = [("parameter", *item) for item in module.named_parameters()]
-    tensors += [("buffer", *item) for item in module.named_buffers()]
-    return [
-        f"{kind} {name!r} {tuple(t.shape)} {t.dtype}{_described_if_sparse(t)}"
-        for kind, name, t in tensors
-    ]
-
-
-def _described_if_sparse(tensor: Tensor) -> str:
-    if tensor.layout is torch.strided:
-        return ""
-    return f" ({tensor.layout}, {tensor._nnz()} elements)"
-
-
-def _padded(lines: list[str], length: int) -> list[str]:
-    return lines + ["nothing"] * (length - len(lines))
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode() or b"\n"), dtype=torch.uint8)
-
-
-@torch.no_grad()
-def broadcast(module: nn.Module, channel: Channel) -> None:
-    """Gives every process rank 0's parameters and buffers."""
-    for tensor in [*module.parameters(), *module.buffers()]:
-        for part in stored(tensor):
-            channel.broadcast(part)

@@ -33,6 +33,7 @@ from .rank import Rank
 from .ranks import BOUNDARY, depending, parameters_in
 from .recent import keep
 from .replicas import Replicas
+from .same_model import begin_alike
 from .shard import running
 from .tree import Place, Tree, current_tree
 
@@ -149,6 +150,8 @@ class LocalRunner:
             ValueError: the processes pass the same batch, or draw the same numbers.
             PeerError: they do different things, or their parameters differ.
         """
+        if not self._calls:
+            begin_alike(self.module, self.channel)
         if self._names:
             which, parameter = self._names[self._calls % len(self._names)]
             self.channel.agree(f"parameter {which!r}", [fingerprint(parameter)], _DIVERGED)
@@ -226,10 +229,10 @@ def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
 
 
 _DIVERGED = (
-    "Its values were set after wrapping, from numbers that each process draws for itself "
-    "(initialize before), or it has been updated otherwise: by a gradient that was not brought "
-    "together (of a use through `wrapper.module`, or in the loss), or as a process's own loss had "
-    "it (a scheduler, a line search)."
+    "Its values were set after the first call, from numbers that each process draws for itself, or "
+    "it has been updated otherwise: by a gradient that was not brought together (of a use through "
+    "`wrapper.module`, or in the loss), or as a process's own loss had it (a scheduler, a line "
+    "search)."
 )
 
 _SAME_BATCH = (

@@ -32,6 +32,7 @@ from .probe import Probe, explained
 from .rank import Rank
 from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in, parameters_in
 from .replicas import Replicas
+from .same_model import begin_alike
 from .shard import running
 from .tree import Place
 
@@ -62,6 +63,7 @@ class RankRunner:
         at_step = reduce_at == "step"
         self._at_step = AtStep(channel, self._name, reduce_dtype) if at_step else None
         self._probe = Probe(module) if sync_batchnorm else None
+        self._has_begun = False
         self._draws_elsewhere: dict[tuple[str, bool], bool] = {}
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
@@ -77,6 +79,9 @@ class RankRunner:
             raise
 
     def _run(self, call: Call, rank: Rank, total: int) -> Nest:
+        if not self._has_begun:
+            begin_alike(self.module, self.channel)
+            self._has_begun = True
         expected = self._probe.expect(call) if self._probe else None
 
         # Scatter: the call's inputs, and what earlier calls have left in attributes
