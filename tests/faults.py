@@ -46,6 +46,12 @@ def main() -> None:
             next(whole.parameters()).add_(RANK)
         whole(x)
 
+    def change_between_looks() -> None:
+        for k in range(8 + 2):  # the 8th call is looked at, and of two parameters each is compared
+            late(x)
+            with torch.no_grad():
+                late.weight.add_(RANK if k == 7 else 1)
+
     def train_and_evaluate() -> None:
         model.train(RANK == 0)
         try:
@@ -59,6 +65,7 @@ def main() -> None:
 
     refusing = DistributedModel(Refusing())
     whole = DistributedModel(nn.Linear(3, 1), timeout_s=3)
+    late = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
 
     def draw_the_same() -> None:
@@ -109,6 +116,7 @@ def main() -> None:
         "the same noise": draw_the_same,
         "another parameter": change_on_one,
         "another parameter, whole batch": change_a_whole_one,
+        "another parameter, between looks": change_between_looks,
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
         "another of two models": lambda: twins[RANK](x + RANK),

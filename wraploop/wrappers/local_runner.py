@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from wraploop.processes.channel import Channel, fingerprint
+from wraploop.processes.channel import Channel
 
 from .at_step import AtStep, ReduceAt
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
@@ -33,9 +33,9 @@ from .rank import Rank
 from .ranks import BOUNDARY, depending, parameters_in
 from .recent import keep
 from .replicas import Replicas
-from .same_model import begin_alike
 from .shard import running
 from .tree import Place, Tree, current_tree
+from .turns import Turns
 
 _MOST_SPLITS = 4
 _TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
@@ -77,10 +77,9 @@ class LocalRunner:
         self._unsynced: dict[int, Tensor] = self._at_step.left if self._at_step else {}
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
         self._random = RandomFingerprint()
-        self._calls = 0
+        self._turns = Turns(module, _DIVERGED)
         self._rows: set[Place] = set()
         self._tree: Tree | None = None
-        self._names: list[tuple[str, Tensor]] = []
         self._has_buffers = False
 
     def run(self, call: Call, rows: int | None) -> Nest:
@@ -90,7 +89,7 @@ class LocalRunner:
         meets = self._meets(call, tree)
         counts = [1 if rows is None else rows] * self.channel.world_size
         if meets:
-            counts = self._counts(call, name, rows)
+            counts = self._counts(call, name, rows, tree)
         own = counts[self.channel.rank]
         weight = own / max(1, sum(counts)) if self._reduction == "mean" else float(own > 0)
         rank = Rank(
@@ -116,7 +115,6 @@ class LocalRunner:
         tree = current_tree(self._tree, self.module, self._rows)
         if tree is not self._tree:
             self._tree = tree
-            self._names = list(self.module.named_parameters())
             self._has_buffers = any(True for _ in self.module.buffers())
         return tree
 
@@ -143,25 +141,22 @@ class LocalRunner:
         used = chain(tree.parameters, call.inputs)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)
 
-    def _counts(self, call: Call, name: str, rows: int | None) -> list[int]:
+    def _counts(self, call: Call, name: str, rows: int | None, tree: Tree) -> list[int]:
         """How many rows each rank has.
 
         Raises:
             ValueError: the processes pass the same batch, or draw the same numbers.
             PeerError: they do different things, or their parameters differ.
         """
-        if not self._calls:
-            begin_alike(self.module, self.channel)
-        if self._names:
-            which, parameter = self._names[self._calls % len(self._names)]
-            self.channel.agree(f"parameter {which!r}", [fingerprint(parameter)], _DIVERGED)
+        self._turns.begin(self.channel)
+        self._turns.agree(self.channel, tree)
         drew = self._random.has_changed()
         own = 1 if rows is None else rows, _fingerprint_of_batch(call.inputs), self._random.now
         mode = "training" if self.module.training else "evaluation"
         accumulating = "" if self._synced else ", no_sync"
         doing = f"run {name} ({mode}{accumulating})"
         said = self.channel.gather(doing, _TOLD.pack(*own, drew))
-        self._calls += 1  # those that all have made, or ranks would never again ask alike
+        self._turns.end()
         told = [*map(_TOLD.unpack, said)]
         counts, batches, randoms, drawn = zip(*told, strict=True)
         full = [rank for rank, count in enumerate(counts) if count and rows]

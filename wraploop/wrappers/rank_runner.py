@@ -32,9 +32,9 @@ from .probe import Probe, explained
 from .rank import Rank
 from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in, parameters_in
 from .replicas import Replicas
-from .same_model import begin_alike
 from .shard import running
 from .tree import Place
+from .turns import Turns
 
 
 class RankRunner:
@@ -63,7 +63,7 @@ class RankRunner:
         at_step = reduce_at == "step"
         self._at_step = AtStep(channel, self._name, reduce_dtype) if at_step else None
         self._probe = Probe(module) if sync_batchnorm else None
-        self._has_begun = False
+        self._turns = Turns(module, _DIVERGED)
         self._draws_elsewhere: dict[tuple[str, bool], bool] = {}
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
@@ -79,9 +79,7 @@ class RankRunner:
             raise
 
     def _run(self, call: Call, rank: Rank, total: int) -> Nest:
-        if not self._has_begun:
-            begin_alike(self.module, self.channel)
-            self._has_begun = True
+        self._turns.begin(self.channel)
         expected = self._probe.expect(call) if self._probe else None
 
         # Scatter: the call's inputs, and what earlier calls have left in attributes
@@ -89,6 +87,7 @@ class RankRunner:
         moves: list[Move] = [move_in(x) for x in inputs]
         self.channel.agree("batch", [fingerprint(x) for x in inputs], ALL_PASS_ALL)
         tree, (replica,) = self._replicas.get([None])
+        self._turns.agree(self.channel, tree)
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
         carried_in = zip(
@@ -131,6 +130,7 @@ class RankRunner:
             tensors,
             [*replica.tokens, *tokens, *used],
         )
+        self._turns.end()
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
         output = ran.whole(call, replica, wholes, rank.size)
@@ -201,6 +201,11 @@ class RankRunner:
         left = f", having set {values}" if any(values.values()) else ""
         return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}"
 
+
+_DIVERGED = (
+    "It was set, loaded or updated on one process alone, or from numbers that each draws for "
+    "itself: change parameters alike on all."
+)
 
 _OR_DIVERGED = (
     "Or a rank has other parameters or buffers than the others: change them alike on all."
