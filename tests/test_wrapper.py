@@ -355,3 +355,14 @@ def test_a_train_of_the_modules_own_is_kept(wrap):
     assert net.train("sgd", steps=3) == 3
     with pytest.raises(TypeError, match="'train' was called with tensors"):
         net.train(torch.ones(4, 3))
+
+
+def test_a_local_model_that_was_loaded_in_several_processes_does_not_train_alone(monkeypatch):
+    saved = pickle.dumps(DistributedModel(nn.Linear(3, 1), batch="local"))
+    launched = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    model = pickle.loads(saved)
+    with pytest.raises(RuntimeError, match="in process 1 of 2, which is in no process"):
+        model(torch.ones(2, 3))
+    assert model.eval()(torch.ones(2, 3)).shape == (2, 1)

@@ -20,9 +20,9 @@ from torch import Tensor
 from . import failure, random_state
 from .channel import Channel, PeerError
 from .failure import failed_elsewhere
-from .joining import join
+from .joining import join, launched
 
-__all__ = ["Channel", "PeerError", "failed_elsewhere", "random_state"]
+__all__ = ["Channel", "PeerError", "failed_elsewhere", "launched", "random_state"]
 
 _AVAILABLE = dist.is_available()
 _LONG_S = 1800.0

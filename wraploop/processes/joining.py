@@ -29,9 +29,14 @@ _JOIN_WITHIN_S = 300.0  # some machines start later than others
 _LOOK_EVERY_S = 0.02
 
 
+def launched() -> int:
+    """How many processes there are, as the environment has it; 0 if it describes no group."""
+    return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _LAUNCHED) else 0
+
+
 def join(local_rank: int, timeout_s: float) -> bool:
     """Joins the group that the environment describes; returns whether it describes one."""
-    if not all(name in os.environ for name in _LAUNCHED):
+    if not launched():
         return False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)

@@ -141,6 +141,8 @@ class DistributedModel(ModelWrapper):
     def _run(self, call: Call) -> Nest:
         runner = self._runner()
         rows = rows_of(call.arguments)
+        if runner is None and self.batch == "local" and self.module.training:
+            _check_not_left_alone()
         if isinstance(runner, LocalRunner):
             if is_transformed():
                 raise NotImplementedError(_TRANSFORMED)
@@ -175,6 +177,24 @@ _TRANSFORMED = (
     "A model with batch='local' was traced or transformed (torch.compile, torch.func, forward AD), "
     "where gradients cannot be brought together. Compile the module inside the wrapper, or use "
     "batch='global'."
+)
+
+
+def _check_not_left_alone() -> None:
+    """Checks that this process trains with the others that the launcher has started, if any.
+
+    Raises:
+        RuntimeError: it would train alone, on rows that are a part of the batch.
+    """
+    launched = processes.launched()
+    if launched > 1 and not processes.is_started() and torch.is_grad_enabled():
+        raise RuntimeError(_ALONE.format(processes.rank(), launched))
+
+
+_ALONE = (
+    "A model with batch='local' was called in training in process {} of {}, which is in no process "
+    "group: it would learn from its own rows alone. Making a DistributedModel joins the group, "
+    "loading one does not: call `wraploop.processes.start()` before, or `eval()` the model."
 )
 
 
