@@ -101,7 +101,9 @@ def main(out: Path) -> None:
                 alike = all(same_on_all(parameter) for parameter in got)
                 name = f"{step.__name__}, {'local' if local else 'global'}, {next(iter(options))}"
                 lines.append(f"{name}|{off}|{times}|{often}|{alike}")
-    copy.deepcopy(DistributedModel(net(), reduce_at="step"))
+    copy.deepcopy(DistributedModel(net(), reduce_at="step", process_group=dist.new_group()))(
+        torch.ones(2, 4).double()
+    )
     (out / str(RANK)).write_text("\n".join(lines))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
@@ -160,6 +161,14 @@ class DistributedModel(ModelWrapper):
             del self.__dict__[EXECUTION]
             runner = self._execution(self._make_runner)
         return runner
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DistributedModel:
+        """A copy that speaks with the same processes: a process group cannot be copied."""
+        memo[id(self._process_group)] = self._process_group
+        copied = self.__class__.__new__(self.__class__)
+        memo[id(self)] = copied
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
