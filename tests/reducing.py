@@ -47,6 +47,15 @@ def gan(nets: Nets, optimizers: Optimizers, x: Tensor) -> None:
     nets["b"].zero_grad()
 
 
+def closure(nets: Nets, optimizers: Optimizers, x: Tensor) -> None:
+    def loss() -> Tensor:
+        found = (nets["a"](x) ** 2).mean()
+        found.backward()
+        return found
+
+    optimizers["a"].step(loss)  # pyright: ignore[reportArgumentType]
+
+
 def derivatives_asked_for(nets: Nets, optimizers: Optimizers, x: Tensor) -> None:
     loss = (nets["a"](x) ** 2).mean()
     asked = torch.autograd.grad(loss, list(nets["a"].parameters()), create_graph=True)
@@ -89,7 +98,7 @@ def main(out: Path) -> None:
 
     Channel.exchange = exchange
     lines = []
-    for step in (plain, two_backwards, gan, derivatives_asked_for):
+    for step in (plain, two_backwards, closure, gan, derivatives_asked_for):
         for local in (False, True):
             if local and step is derivatives_asked_for:
                 continue

@@ -24,7 +24,7 @@ def got(tmp_path_factory):
 
 def test_one_reduction_for_each_step_computes_the_same(got):
     found = {name: each for name, each in got.items() if name.endswith("reduce_at")}
-    assert len(found) == 7
+    assert len(found) == 9
     for name, (off, _, _, alike) in found.items():
         assert off < 1e-10, name
         assert alike == "True", name
@@ -38,7 +38,7 @@ def test_one_reduction_for_each_step_is_what_is_sent(got):
 
 def test_rounded_gradients_are_near_and_the_same_on_all_ranks(got):
     found = {name: each for name, each in got.items() if name.endswith("reduce_dtype")}
-    assert len(found) == 7
+    assert len(found) == 9
     for name, (off, _, _, alike) in found.items():
         assert 1e-12 < off < 2e-2, name
         assert alike == "True", name

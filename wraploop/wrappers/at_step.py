@@ -43,7 +43,7 @@ class AtStep:
         self.left: dict[int, Tensor] = {}
         self._reducers: dict[tuple[Any, ...], Reducer] = {}
         self._rank = Rank(channel, [0] * channel.world_size, name, reduce_dtype=reduce_dtype)
-        _register_once()
+        register_once()
         _made[next(_numbers)] = self
 
     def bring_together(self, optimizer: torch.optim.Optimizer) -> None:
@@ -68,12 +68,32 @@ _numbers = itertools.count()
 
 
 @functools.cache
-def _register_once() -> None:
+def register_once() -> None:
     """Has each be told of each step. No hook is ever removed: torch may be going through them."""
     register_optimizer_step_pre_hook(_before_step)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _before_step(
+    optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Brings together what there is, and what a closure makes within the step."""
+    _bring_together(optimizer)
+    closure = args[1] if len(args) > 1 else kwargs.get("closure")
+    if not callable(closure):
+        return None
+
+    @functools.wraps(closure)
+    def then_together() -> Any:
+        loss = closure()
+        _bring_together(optimizer)
+        return loss
+
+    if len(args) > 1:
+        return (args[0], then_together, *args[2:]), kwargs
+    return args, {**kwargs, "closure": then_together}
+
+
+def _bring_together(optimizer: torch.optim.Optimizer) -> None:
     for each in list(_made.values()):  # in the order they were made in, on every rank
         each.bring_together(optimizer)
 

@@ -14,7 +14,7 @@ from torch import nn
 from wraploop import processes
 from wraploop.processes.channel import Channel, numbered
 
-from .at_step import ReduceAt
+from .at_step import ReduceAt, register_once
 from .batch import Nest, rows_of
 from .call import Call
 from .internals import is_transformed
@@ -106,6 +106,8 @@ class DistributedModel(ModelWrapper):
         self.timeout_s = timeout_s
         self.reduce_dtype = _floating(reduce_dtype)
         self.reduce_at = reduce_at
+        if reduce_at == "step":
+            register_once()  # its first call may be made within a step, by a closure
         self._process_group = process_group
         processes.start(timeout_s)
         device = device_ids[0] if device_ids else processes.device()
