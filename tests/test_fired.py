@@ -89,3 +89,26 @@ def test_methods_for_phases_that_do_not_run_and_for_all_events_are_fine():
     one = gan_learner(anything := Anything())
     one.fit(1, [GAN])
     assert anything.seen.count("BackwardEnd") == 8
+
+
+def test_methods_without_a_mark_are_an_error():
+    class Named(Callback):
+        def on_step_end(self, learner):
+            pass
+
+    message = r"Named\(\) is never called: none of its methods \(on_step_end\) says at which event"
+    with pytest.raises(ValueError, match=message):
+        learner(Named()).fit(1)
+
+
+def test_a_callback_that_only_keeps_a_state_is_none():
+    class Keeps(Callback):
+        kept = 0
+
+        def grow(self):
+            self.kept += 1
+
+        def state_dict(self):
+            return {"kept": self.kept}
+
+    learner(Keeps()).fit(1)

@@ -16,6 +16,7 @@ from wraploop.events import (
 )
 from wraploop.phases import Phase
 
+_OTHER_USES = ("handlers", "called_at", "attach", "around", "state_dict")
 _ALWAYS = (FitBegin, FitEnd, EpochBegin, EpochEnd, StepBegin, StepEnd)
 
 
@@ -25,9 +26,12 @@ def check_fired(callbacks: Iterable[Callback], phases: Iterable[Phase]) -> None:
     A phase that does not say what it fires may fire anything.
 
     Raises:
-        ValueError: a callback answers an event that nothing fires.
+        ValueError: a callback answers an event that nothing fires, or none of its methods is marked
+            and it is of no other use.
     """
     callbacks, phases = list(callbacks), list(phases)
+    for callback in callbacks:
+        _check_marked(callback.unwrapped)
     by_callbacks = [event for callback in callbacks for event in callback.fires]
     for callback in callbacks:
         for event, kind, call in callback.handlers():
@@ -40,6 +44,18 @@ def check_fired(callbacks: Iterable[Callback], phases: Iterable[Phase]) -> None:
             fired |= {each.end for each in fired if each.end is not None}
             if not _meets(event, fired):
                 raise ValueError(_message(callback, event, call, there, fired))
+
+
+def _check_marked(callback: Callback) -> None:
+    kind = type(callback)
+    is_other = any(getattr(kind, name) is not getattr(Callback, name) for name in _OTHER_USES)
+    methods = [name for name in dir(kind) if callable(getattr(kind, name)) and name[0] != "_"]
+    own = [name for name in methods if not hasattr(Callback, name)]
+    if own and not is_other and not callback.handlers():
+        raise ValueError(
+            f"{callback!r} is never called: none of its methods ({', '.join(own)}) says at which "
+            "event. Mark it in its class: `@on(StepEnd)`."
+        )
 
 
 def _meets(event: type[Event], fired: Iterable[type[Event]]) -> bool:
