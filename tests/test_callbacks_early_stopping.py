@@ -164,7 +164,7 @@ def test_a_phase_that_the_fit_does_not_run_is_an_error_as_it_begins():
 
 def test_a_metric_that_there_is_not_is_an_error_that_says_what_there_is():
     one = gan_learner(History(), Metrics(), EarlyStopping(2))
-    message = "GANTraining has no metric 'loss'; it has critic_loss, generator_loss"
+    message = "GANTraining has no metric 'loss'; it has critic_loss, generator_loss. EarlyStopping"
     with pytest.raises(ValueError, match=message):
         one.fit(1, [GAN])
 

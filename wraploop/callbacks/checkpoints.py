@@ -124,7 +124,7 @@ class Checkpoints(Callback):
     @on(FitBegin)
     def begin(self, learner: Learner) -> None:
         """Checks that there is something to go by, and somewhere to save."""
-        self.watched.check(learner)
+        self.watched.check(learner, self)
         wrong = ""
         if processes.is_main_process():
             try:

@@ -63,7 +63,7 @@ class EarlyStopping(Callback):
     @on(FitBegin)
     def begin(self, learner: Learner) -> None:
         """Checks that there is something to watch; begins anew after a fit that it has ended."""
-        self.watched.check(learner)
+        self.watched.check(learner, self)
         if self._has_stopped:
             self.criterion.load_state_dict(copy.deepcopy(self._fresh))
         self._has_stopped = False

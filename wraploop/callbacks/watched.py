@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from wraploop.phases import AbstractTrainingPhase, AbstractValidationPhase, Phase
 
 if TYPE_CHECKING:
+    from wraploop.callback import Callback
     from wraploop.learner import Learner
 
 
@@ -24,8 +25,12 @@ class Watched:
         self.metric, self.phase = metric, phase
         self.seen = 0  # training steps when it was last due
 
-    def check(self, learner: Learner) -> None:
+    def check(self, learner: Learner, watcher: Callback) -> None:
         """Checks that the fit runs the phase, and takes the metric as far as that is known.
+
+        Args:
+            learner: the learner.
+            watcher: the callback that goes by the metric.
 
         Raises:
             ValueError: it does not.
@@ -34,13 +39,15 @@ class Watched:
             names = learner.metrics.names(phase)
             if isinstance(phase, self._kind(learner)) and names and self.metric not in names:
                 raise ValueError(
-                    f"{phase.name} has no metric {self.metric!r}; it has {', '.join(names)}."
+                    f"{phase.name} has no metric {self.metric!r}; it has {', '.join(names)}. "
+                    f"{watcher!r} goes by it: name another there."
                 )
         if not any(isinstance(phase, self._kind(learner)) for phase in learner.phases):
             what = "The end" if self.metric is None else repr(self.metric)
             raise ValueError(
                 f"{what} of {self._kind(learner).__name__} is watched, and this fit runs "
-                f"{', '.join(phase.name for phase in learner.phases)}. Name another phase."
+                f"{', '.join(phase.name for phase in learner.phases)}. {watcher!r} goes by it: "
+                "name another phase there."
             )
 
     def is_due(self, learner: Learner) -> bool:
