@@ -617,3 +617,13 @@ def test_events_of_ones_own_are_ended_too():
     one.epoch(Decodes(), ["good", "bad", "good"])
     step = [StepBegin, DecodeBegin, DecodeEnd, StepEnd]
     assert record.events == [EpochBegin, *step * 3, EpochEnd]
+
+
+def test_a_model_put_in_place_between_epochs_without_its_optimizer_is_an_error():
+    class Replaces(Callback):
+        @on(EpochEnd, TrainingPhase)
+        def replace(self, learner):
+            learner.model = Scale()
+
+    with pytest.raises(ValueError, match="holds none of its parameters"):
+        learner(Replaces()).fit(2)

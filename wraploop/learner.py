@@ -222,6 +222,9 @@ class Learner:
             phase: decides mode and callbacks, and is not called.
             batches: what iterating over the epoch gives, and how long the progress bar is.
 
+        Raises:
+            ValueError: the phase trains, and an optimizer holds none of its model's parameters.
+
         Examples:
             >>> from wraploop.phases import TrainingPhase
             >>> learner = Learner(
@@ -234,6 +237,8 @@ class Learner:
             >>> state.outputs.shape
             torch.Size([1])
         """
+        if isinstance(phase, AbstractTrainingPhase):  # a callback may have put others in place
+            named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
         epoch = Epoch(phase, batches)
         is_fits = self.position is not None and self.position.enter(epoch)
         try:
