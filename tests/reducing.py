@@ -53,7 +53,7 @@ def closure(nets: Nets, optimizers: Optimizers, x: Tensor) -> None:
         found.backward()
         return found
 
-    optimizers["a"].step(loss)  # pyright: ignore[reportArgumentType]
+    optimizers["a"].step(loss)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
 def derivatives_asked_for(nets: Nets, optimizers: Optimizers, x: Tensor) -> None:
