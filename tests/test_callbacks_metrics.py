@@ -8,7 +8,7 @@ from torch import nn
 from wraploop import processes
 from wraploop.callback import Callback, on
 from wraploop.callbacks.history import History
-from wraploop.callbacks.meters import count_rows
+from wraploop.callbacks.meters import LossMeter, count_rows
 from wraploop.callbacks.metrics import Metric, Metrics, accuracy
 from wraploop.callbacks.stop import StopOnNaNLoss
 from wraploop.events import BackwardEnd, CancelFit, CancelStep, StepBegin
@@ -146,6 +146,21 @@ def test_a_phase_names_its_losses_and_a_step_may_have_some_of_them():
         "critic_loss": (1 + 4 + 9 + 36) / 12,
         "generator_loss": -(4 + 36) / 8,
     }
+
+
+def test_an_epochs_mean_that_was_gone_on_with_is_the_same_to_the_bit():
+    values = torch.rand(8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).tolist()
+
+    def taken(meter, some):
+        for value in some:
+            meter.append(1, value, 3)
+        return meter
+
+    through = taken(LossMeter("loss", {}), values).result()
+    for at in range(1, 8):
+        meter = LossMeter("loss", {})
+        meter.load_state_dict([taken(LossMeter("loss", {}), values[:at]).state_dict()])
+        assert taken(meter, values[at:]).result() == through
 
 
 def test_a_step_may_say_how_many_rows_it_has():

@@ -71,9 +71,12 @@ class LossMeter:
         return {self.name: total / rows} if rows else {}
 
     def _sums(self) -> tuple[float, int]:
-        pairs = zip(self.series.values[self.start :], self.rows, strict=True)
-        weighted = (value * rows for value, rows in pairs if rows)
-        return sum(weighted, start=self._total), sum(self.rows, start=self._rows_before)
+        # Not by `sum`: since Python 3.12 it carries along what it rounds off, which no state holds.
+        total = self._total
+        for value, rows in zip(self.series.values[self.start :], self.rows, strict=True):
+            if rows:
+                total += value * rows
+        return total, sum(self.rows, start=self._rows_before)
 
 
 class FunctionMeter(LossMeter):
