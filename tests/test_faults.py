@@ -31,7 +31,9 @@ EXPECTED = {
         r"PeerError The processes do different .*4 of 4 require.*2 of 4 require",
     )
     * 2,
-    "another of two models": (r"PeerError .*rank 0: begin .*, model \d.*rank 1: begin .*, model \d",)
+    "another of two models": (
+        r"PeerError .*rank 0: begin .*, model \d.*rank 1: begin .*, model \d",
+    )
     * 2,
     "another graph": ("PeerError The processes do different ",) * 2,
     "another graph, own rows": (r"PeerError The processes do different .*in buckets",) * 2,
