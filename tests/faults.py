@@ -14,6 +14,15 @@ from wraploop import DistributedModel, processes
 RANK = int(os.environ.get("RANK", 0))
 
 
+class Flagged(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor, is_bent: bool = False) -> torch.Tensor:
+        return self.layer(x).relu() if is_bent else self.layer(x)
+
+
 class Refusing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -48,6 +57,10 @@ def main() -> None:
             next(whole.parameters()).add_(RANK)
         whole(x)
 
+    def flag_one() -> None:
+        for k in range(3):  # the third call is not looked at
+            flagged(x, k == 2 and RANK == 1)
+
     def change_between_looks() -> None:
         for k in range(8 + 2):  # the 8th call is looked at, and of two parameters each is compared
             late(x)
@@ -67,6 +80,7 @@ def main() -> None:
 
     refusing = DistributedModel(Refusing())
     whole = DistributedModel(nn.Linear(3, 1), timeout_s=3)
+    flagged = DistributedModel(Flagged(), timeout_s=3)
     late = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
 
@@ -107,6 +121,7 @@ def main() -> None:
 
     faults: dict[str, Callable[[], Any]] = {
         "another batch": lambda: model(x + RANK),
+        "another flag": flag_one,
         "another shape": lambda: model(torch.randn(6, 3 + 2 * RANK)),
         "another mode": train_and_evaluate,
         "another loss": lambda: (model(x) * (RANK + 1)).sum().backward(),

@@ -7,6 +7,7 @@ from tests import forked
 
 EXPECTED = {
     "another batch": ("PeerError Rank 1 has another batch",) * 2,
+    "another flag": ("PeerError Rank 1 has another batch",) * 2,
     "another shape": (
         "PeerError Rank 1 failed.*shapes cannot be mult",
         "RuntimeError mat1 and mat2",

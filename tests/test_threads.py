@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from wraploop import DataParallel, ThreadedCPUParallel
-from wraploop.wrappers import lanes, threads
+from wraploop.wrappers import lanes, shard, threads
 from wraploop.wrappers.replica import Replica
 from wraploop.wrappers.tuning import Tuner
 
@@ -153,6 +153,21 @@ def test_a_lane_that_fails_before_a_batch_norm_does_not_leave_the_others_waiting
     with pytest.raises(KeyError, match="positive"):
         model(torch.tensor([[-1.0, -1.0], [-1.0, -2.0], [1.0, 1.0]]))
     assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize("args", [(), (3,), ("three",), (3, "three")])
+def test_an_error_says_in_which_shard_where_errors_have_no_notes(args):
+    """As before Python 3.11; of two arguments some classes make their text, which stays."""
+
+    class Old(Exception):
+        @property
+        def add_note(self):
+            raise AttributeError
+
+    error = Old(*args)
+    shard.note(error, "in shard 0")
+    assert ("in shard 0" in str(error)) == (len(args) < 2)
+    assert all(str(arg) in str(error) for arg in args)
 
 
 def test_auto_settles_on_a_number_of_threads_and_computes_the_same_meanwhile():

@@ -69,7 +69,9 @@ class CSVLogger(Logger):
     """Numbers in a file, a row for each: `step,name,value`.
 
     Rows are only added, also to a file that is there, so a killed run loses nothing, and new names
-    need no new columns. The configuration is rows without a step: `,batch_size,64`.
+    need no new columns. The configuration is rows without a step: `,batch_size,64`. A fit that is
+    resumed logs the steps after its checkpoint once more: of rows with one step and name the last
+    counts.
 
     Raises:
         ValueError: the file at `path` has another form.
@@ -116,7 +118,7 @@ class JSONLinesLogger(Logger):
         {"step": 12, "sample": {"text": "to be or not"}}
 
     Numbers that JSON does not have are the strings `"nan"`, `"inf"` and `"-inf"`, which `float`
-    reads. Lines are only added, also to a file that is there.
+    reads. Lines are only added, also to a file that is there; after a resume, see `CSVLogger`.
 
     Raises:
         ValueError: the file at `path` has another form, or a thing is called `"step"`.

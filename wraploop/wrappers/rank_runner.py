@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ class RankRunner:
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = call.inputs
         moves: list[Move] = [move_in(x) for x in inputs]
-        self.channel.agree("batch", [fingerprint(x) for x in inputs], ALL_PASS_ALL)
+        facts = [*map(fingerprint, inputs), *_numbers_in(call)]
+        self.channel.agree("batch", facts, ALL_PASS_ALL)
         tree, (replica,) = self._replicas.get([None])
         self._turns.agree(self.channel, tree)
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
@@ -200,6 +202,14 @@ class RankRunner:
         values = {place[1]: plain_values(change.value) for place, change in ran.changes.items()}
         left = f", having set {values}" if any(values.values()) else ""
         return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}"
+
+
+def _numbers_in(call: Call) -> list[float]:
+    """What is to be agreed on of the numbers and flags that are passed: floats but for rounding."""
+    values = plain_values(call.arguments)
+    whole = [value for value in values if isinstance(value, int) or value is None]
+    facts = [value for value in values if isinstance(value, float)]
+    return [float(zlib.crc32(repr(whole).encode())), *facts] if whole else facts
 
 
 _DIVERGED = (

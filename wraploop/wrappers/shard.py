@@ -85,6 +85,8 @@ def note(error: BaseException, text: str) -> None:
         error.add_note(text)  # pyright: ignore[reportAttributeAccessIssue]  Python 3.11
     elif error.args and isinstance(error.args[0], str):
         error.args = (f"{error.args[0]}\n{text}", *error.args[1:])
+    elif len(error.args) < 2:  # an OSError's number and text are not to be moved
+        error.args = (*error.args, text)
 
 
 class _SumOverShards(Function):
