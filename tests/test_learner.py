@@ -627,3 +627,26 @@ def test_a_model_put_in_place_between_epochs_without_its_optimizer_is_an_error()
 
     with pytest.raises(ValueError, match="holds none of its parameters"):
         learner(Replaces()).fit(2)
+
+
+def test_a_model_may_be_put_in_place_as_an_epoch_ends_and_its_optimizer_as_the_next_begins():
+    class Replaces(Callback):
+        @on(EpochEnd, TrainingPhase)
+        def replace(self, learner):
+            learner.model = Scale()
+
+        @on(EpochBegin, TrainingPhase)
+        def remake(self, learner):
+            learner.optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.1)
+
+    learner(Replaces()).fit(2)
+
+
+def test_a_model_put_in_place_as_an_epoch_begins_without_its_optimizer_is_an_error():
+    class Replaces(Callback):
+        @on(EpochBegin, TrainingPhase)
+        def replace(self, learner):
+            learner.model = Scale()
+
+    with pytest.raises(ValueError, match="holds none of its parameters"):
+        learner(Replaces()).fit(1)

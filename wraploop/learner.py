@@ -237,8 +237,6 @@ class Learner:
             >>> state.outputs.shape
             torch.Size([1])
         """
-        if isinstance(phase, AbstractTrainingPhase):  # a callback may have put others in place
-            named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
         epoch = Epoch(phase, batches)
         is_fits = self.position is not None and self.position.enter(epoch)
         try:
@@ -247,6 +245,8 @@ class Learner:
                     self.handle(EpochBegin())
                 except CancelEpoch:
                     epoch.cancelled = epoch.skipped = True
+                if isinstance(phase, AbstractTrainingPhase):  # others may have been put in place
+                    named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
                 if is_fits and self._resumption:
                     self._resumption.in_epoch(self)
                 yield epoch
