@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tests.loop import GAN, PlainStep, gan_learner, learner
 from wraploop.callback import Callback, on
@@ -110,5 +111,18 @@ def test_a_callback_that_only_keeps_a_state_is_none():
 
         def state_dict(self):
             return {"kept": self.kept}
+
+    learner(Keeps()).fit(1)
+
+
+def test_a_callback_whose_methods_are_called_by_others_is_none():
+    class Keeps(Callback):
+        loss = torch.nn.MSELoss()
+
+        def draw(self):
+            return 0
+
+        def see(self, module, inputs, outputs):
+            pass
 
     learner(Keeps()).fit(1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable
+from typing import Any
 
 from wraploop.callback import Callback
 from wraploop.events import (
@@ -49,13 +51,24 @@ def check_fired(callbacks: Iterable[Callback], phases: Iterable[Phase]) -> None:
 def _check_marked(callback: Callback) -> None:
     kind = type(callback)
     is_other = any(getattr(kind, name) is not getattr(Callback, name) for name in _OTHER_USES)
-    methods = [name for name in dir(kind) if callable(getattr(kind, name)) and name[0] != "_"]
-    own = [name for name in methods if not hasattr(Callback, name)]
+    methods = [name for name in dir(kind) if name[0] != "_" and not hasattr(Callback, name)]
+    own = [name for name in methods if _takes_a_learner(inspect.getattr_static(kind, name))]
     if own and not is_other and not callback.handlers():
         raise ValueError(
             f"{callback!r} is never called: none of its methods ({', '.join(own)}) says at which "
             "event. Mark it in its class: `@on(StepEnd)`."
         )
+
+
+def _takes_a_learner(member: Any) -> bool:
+    """Whether it is a method that can be called as marked ones are: with the learner alone."""
+    if not inspect.isfunction(member):
+        return False
+    try:
+        inspect.signature(member).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _meets(event: type[Event], fired: Iterable[type[Event]]) -> bool:
