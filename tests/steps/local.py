@@ -555,3 +555,17 @@ def own_rows_of_two_sizes_in_one_loss(m, o, k):
     few, many = real(k, 3 + k), real(k + 7, 9)
     update(o.d, m.d(few).square().mean() + m.d(many).tanh().mean())
     update(o.g, m.d(m.g(latents(k, 5))).mean())
+
+
+@mean(g=generator, d=critic, optimizers=sgd, steps=3)
+def values_set_after_wrapping_and_called_first_without_gradient(m, o, k):
+    """A critic that begins, a frozen target: no process may go on with values of its own."""
+    if k == 0:
+        rank = processes.rank() if isinstance(m.g, DistributedModel) else 0
+        drawing = torch.Generator().manual_seed(rank)
+        with torch.no_grad():
+            for parameter in m.g.parameters():
+                parameter.normal_(generator=drawing)
+    with torch.no_grad():
+        fake = m.g(latents(k))
+    update(o.d, F.softplus(m.d(fake)).mean() + F.softplus(-m.d(real(k))).mean())

@@ -135,8 +135,9 @@ class LocalRunner:
         return output
 
     def _meets(self, call: Call, tree: Tree) -> bool:
-        """Whether the processes must all make `call`: to learn from it, or to share statistics."""
-        if self.module.training and self._has_buffers:
+        """Whether the processes must all make `call`: to begin alike, learn, or share statistics."""
+        begins = bool(tree.parameters) and not self._turns.has_begun
+        if self.module.training and (self._has_buffers or begins):
             return True
         used = chain(tree.parameters, call.inputs)
         return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in used)

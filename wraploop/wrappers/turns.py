@@ -26,9 +26,14 @@ class Turns:
         self._names: list[tuple[str, Tensor]] = []
         self._calls = 0
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether a turn has been taken, so that all ranks have had rank 0's values."""
+        return self._calls > 0
+
     def begin(self, channel: Channel) -> None:
         """Has all ranks begin with rank 0's values: before the first turn they may be set anew."""
-        if not self._calls:
+        if not self.has_begun:
             begin_alike(self._module, channel)
 
     def agree(self, channel: Channel, tree: Tree) -> None:
