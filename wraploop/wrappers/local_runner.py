@@ -33,9 +33,9 @@ from .rank import Rank
 from .ranks import BOUNDARY, depending, parameters_in
 from .recent import keep
 from .replicas import Replicas
+from .same_model import SameModel
 from .shard import running
 from .tree import Place, Tree, current_tree
-from .turns import Turns
 
 _MOST_SPLITS = 4
 _TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
@@ -77,7 +77,7 @@ class LocalRunner:
         self._unsynced: dict[int, Tensor] = self._at_step.left if self._at_step else {}
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
         self._random = RandomFingerprint()
-        self._turns = Turns(module, _DIVERGED)
+        self._same = SameModel(module, _DIVERGED)
         self._rows: set[Place] = set()
         self._tree: Tree | None = None
         self._has_buffers = False
@@ -135,8 +135,8 @@ class LocalRunner:
         return output
 
     def _meets(self, call: Call, tree: Tree) -> bool:
-        """Whether the processes must all make `call`: to begin alike, learn, or share statistics."""
-        begins = bool(tree.parameters) and not self._turns.has_begun
+        """Whether all processes must make `call`: to begin alike, to learn, or share statistics."""
+        begins = bool(tree.parameters) and not self._same.has_begun
         if self.module.training and (self._has_buffers or begins):
             return True
         used = chain(tree.parameters, call.inputs)
@@ -149,15 +149,15 @@ class LocalRunner:
             ValueError: the processes pass the same batch, or draw the same numbers.
             PeerError: they do different things, or their parameters differ.
         """
-        self._turns.begin(self.channel)
-        self._turns.agree(self.channel, tree)
+        self._same.begin(self.channel)
+        self._same.agree(self.channel, tree)
         drew = self._random.has_changed()
         own = 1 if rows is None else rows, _fingerprint_of_batch(call.inputs), self._random.now
         mode = "training" if self.module.training else "evaluation"
         accumulating = "" if self._synced else ", no_sync"
         doing = f"run {name} ({mode}{accumulating})"
         said = self.channel.gather(doing, _TOLD.pack(*own, drew))
-        self._turns.end()
+        self._same.end()
         told = [*map(_TOLD.unpack, said)]
         counts, batches, randoms, drawn = zip(*told, strict=True)
         full = [rank for rank, count in enumerate(counts) if count and rows]
@@ -228,7 +228,7 @@ _DIVERGED = (
     "Its values were set after the first call, from numbers that each process draws for itself, or "
     "it has been updated otherwise: by a gradient that was not brought together (of a use through "
     "`wrapper.module`, or in the loss), or as a process's own loss had it (a scheduler, a line "
-    "search)."
+    "search, `.grad` read before the step with reduce_at='step')."
 )
 
 _SAME_BATCH = (

@@ -33,9 +33,9 @@ from .probe import Probe, explained
 from .rank import Rank
 from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in, parameters_in
 from .replicas import Replicas
+from .same_model import SameModel
 from .shard import running
 from .tree import Place
-from .turns import Turns
 
 
 class RankRunner:
@@ -64,7 +64,7 @@ class RankRunner:
         at_step = reduce_at == "step"
         self._at_step = AtStep(channel, self._name, reduce_dtype) if at_step else None
         self._probe = Probe(module) if sync_batchnorm else None
-        self._turns = Turns(module, _DIVERGED)
+        self._same = SameModel(module, _DIVERGED)
         self._draws_elsewhere: dict[tuple[str, bool], bool] = {}
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
@@ -80,7 +80,7 @@ class RankRunner:
             raise
 
     def _run(self, call: Call, rank: Rank, total: int) -> Nest:
-        self._turns.begin(self.channel)
+        self._same.begin(self.channel)
         expected = self._probe.expect(call) if self._probe else None
 
         # Scatter: the call's inputs, and what earlier calls have left in attributes
@@ -89,7 +89,7 @@ class RankRunner:
         facts = [*map(fingerprint, inputs), *_numbers_in(call)]
         self.channel.agree("batch", facts, ALL_PASS_ALL)
         tree, (replica,) = self._replicas.get([None])
-        self._turns.agree(self.channel, tree)
+        self._same.agree(self.channel, tree)
         tokens, parts = go_in(rank, "the gradients of the inputs", inputs, moves, borrow=True)
         taken = [shared(p) if m == "share" else p for p, m in zip(parts, moves, strict=True)]
         carried_in = zip(
@@ -132,7 +132,7 @@ class RankRunner:
             tensors,
             [*replica.tokens, *tokens, *used],
         )
-        self._turns.end()
+        self._same.end()
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
         output = ran.whole(call, replica, wholes, rank.size)

@@ -1,4 +1,8 @@
-"""One model in several processes: as many parameters and buffers, and rank 0's values in them."""
+"""One model in several processes: it begins with rank 0's values, and they stay the same.
+
+What is set between wrapping and the first call counts as rank 0 has it. From then on ranks compare
+parameters, one at each call, each in its turn.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,65 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from wraploop.processes.channel import Channel
+from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, view_of
 
 from .internals import stored
+from .tree import Tree
+
+
+class SameModel:
+    """Keeps `module` the same on all ranks.
+
+    Args:
+        module: the module.
+        advice: what to do if a parameter differs, for the error.
+    """
+
+    def __init__(self, module: nn.Module, advice: str) -> None:
+        self._module = module
+        self._advice = advice
+        self._tree: Tree | None = None
+        self._names: list[tuple[str, Tensor]] = []
+        self._calls = 0
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a turn has been taken, so that all ranks have had rank 0's values."""
+        return self._calls > 0
+
+    def begin(self, channel: Channel) -> None:
+        """Gives every rank rank 0's values before the first turn, should they have been set anew.
+
+        Raises:
+            ValueError: as `check_same_model`.
+        """
+        if self.has_begun:
+            return
+        sums = [zlib.crc32(view_of(pack(part))) for part in _parts(self._module)]
+        text = "begin with rank 0's values"
+        said = channel.gather(text, struct.pack(f"<{len(sums)}I", *sums))
+        if any(each != said[0] for each in said):
+            check_same_model(self._module, channel)
+            broadcast(self._module, channel)
+
+    def agree(self, channel: Channel, tree: Tree) -> None:
+        """Has the next exchange compare the parameter whose turn it is.
+
+        Args:
+            channel: the way to the other ranks.
+            tree: the module's.
+        """
+        if tree is not self._tree:
+            self._tree, self._names = tree, list(self._module.named_parameters())
+        if self._names:
+            which, parameter = self._names[self._calls % len(self._names)]
+            facts = [fingerprint(part) for part in stored(parameter)]
+            channel.agree(f"parameter {which!r}", facts, self._advice)
+
+    def end(self) -> None:
+        """Ends a turn that all ranks have taken: others' turns would never again be alike."""
+        self._calls += 1
 
 
 def check_same_model(module: nn.Module, channel: Channel) -> None:
@@ -68,16 +127,3 @@ def broadcast(module: nn.Module, channel: Channel) -> None:
 def _parts(module: nn.Module) -> list[Tensor]:
     """The dense tensors that its parameters and buffers are stored as."""
     return [part for tensor in (*module.parameters(), *module.buffers()) for part in stored(tensor)]
-
-
-def begin_alike(module: nn.Module, channel: Channel) -> None:
-    """Gives every process rank 0's values again, should they have been set since wrapping.
-
-    Raises:
-        ValueError: as `check_same_model`.
-    """
-    sums = [zlib.crc32(view_of(pack(part))) for part in _parts(module)]
-    said = channel.gather("begin with rank 0's values", struct.pack(f"<{len(sums)}I", *sums))
-    if any(each != said[0] for each in said):
-        check_same_model(module, channel)
-        broadcast(module, channel)
