@@ -148,8 +148,12 @@ def broadcast(value: Any) -> Any:
 def _broadcast(value: Any, timeout_s: float | None) -> Any:
     if world_size() == 1:
         return value
-    own = _packed(value if rank() == 0 else None)
-    return _unpacked(Channel(None, timeout_s).exchange("take over what rank 0 has", own)[0])
+    return _first_ones(value, Channel(None, timeout_s))
+
+
+def _first_ones(value: Any, channel: Channel) -> Any:
+    own = _packed(value if channel.rank == 0 else None)
+    return _unpacked(channel.exchange("take over what rank 0 has", own)[0])
 
 
 def _packed(value: Any) -> Tensor:
@@ -171,15 +175,23 @@ def draw_alike() -> bool:
     return not any(not random_state.same(broadcast(own), own))
 
 
-def align_random_state() -> None:
-    """Gives every process rank 0's random state: torch's, Python's, and NumPy's if it is loaded."""
+def align_random_state(channel: Channel | None = None) -> None:
+    """Gives every process rank 0's random state: torch's, Python's, and NumPy's if it is loaded.
+
+    Args:
+        channel: the way to the processes that are meant; None is all of them.
+    """
     if world_size() == 1:
         return
-    random_state.put(broadcast(random_state.get()))
+    random_state.put(_first_ones(random_state.get(), channel or Channel(None, _timeout_s)))
 
 
-def part_random_states() -> None:
-    """Gives every process a random state of its own, which follows from rank 0's; that stays."""
-    align_random_state()
+def part_random_states(channel: Channel | None = None) -> None:
+    """Gives every process a random state of its own, which follows from rank 0's; that stays.
+
+    Args:
+        channel: as in `align_random_state`.
+    """
+    align_random_state(channel)
     if world_size() > 1 and rank() > 0:
         random_state.seed(random_state.seed_from(random_state.get(), rank()))

@@ -120,9 +120,9 @@ class DistributedModel(ModelWrapper):
             check_same_model(module, channel)
             broadcast(module, channel)
             if batch == "global":
-                processes.align_random_state()
+                processes.align_random_state(channel)
             else:
-                processes.part_random_states()
+                processes.part_random_states(channel)
 
     def _channel(self) -> Channel | None:
         """The way to the other processes; None if there are none."""
