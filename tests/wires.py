@@ -22,10 +22,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from wraploop.processes import Channel, PeerError, arena, channel, connecting
 from wraploop.processes.collectives import Collectives
 from wraploop.processes.wire import _PIECE, _PIECE_IN_PLACE, Wire
+from wraploop.wrappers.distributed import DistributedModel
 
 SIZES = (2, 3, 4)
 LONG_S = 12.0  # as good as for ever
@@ -447,6 +449,13 @@ def several_groups_speak_at_once(wire):
         assert_gathers(wire, turn)
 
 
+def a_model_of_a_part_of_the_processes_waits_for_no_other(wire):
+    group = dist.new_group([0, 1])
+    if wire.rank < 2:
+        model = DistributedModel(nn.Linear(3, 1), process_group=group, timeout_s=LONG_S)
+        model(torch.ones(4, 3)).sum().backward()
+
+
 def processes_that_cannot_reach_each_other_use_torchs_collectives(wire):
     addresses, within_s = connecting._addresses, connecting._CALL_WITHIN_S
     connecting._CALL_WITHIN_S = 0.1
@@ -585,6 +594,7 @@ CLAIMS = [
     threads_take_turns,
     a_forked_child_has_none_of_the_connections,
     several_groups_speak_at_once,
+    a_model_of_a_part_of_the_processes_waits_for_no_other,
     processes_that_cannot_reach_each_other_use_torchs_collectives,
     a_stranger_who_calls_is_not_taken,
     who_gave_up_its_first_call_is_taken_at_its_second,

@@ -133,7 +133,8 @@ class DistributedModel(ModelWrapper):
 
     def _make_runner(self, module: nn.Module, sync_batchnorm: bool) -> RankRunner | LocalRunner:
         channel = self._channel()
-        assert channel is not None
+        if channel is None:
+            raise RuntimeError(_OUTSIDE.format(processes.rank()))
         if self.batch == "global":
             return RankRunner(module, sync_batchnorm, channel, self.reduce_dtype, self.reduce_at)
         return LocalRunner(
@@ -201,6 +202,11 @@ def _check_not_left_alone() -> None:
     if launched > 1 and not processes.is_started() and torch.is_grad_enabled():
         raise RuntimeError(_ALONE.format(processes.rank(), launched))
 
+
+_OUTSIDE = (
+    "A model was called in process {}, which is not in the model's process_group. Call it in the "
+    "group's processes alone, or `model.module` here."
+)
 
 _ALONE = (
     "A model with batch='local' was called in training in process {} of {}, which is in no process "
