@@ -650,3 +650,21 @@ def test_a_model_put_in_place_as_an_epoch_begins_without_its_optimizer_is_an_err
 
     with pytest.raises(ValueError, match="holds none of its parameters"):
         learner(Replaces()).fit(1)
+
+
+def test_an_optimizer_put_in_place_need_be_none_of_torch():
+    class Counted:
+        def __init__(self, optimizer):
+            self.optimizer, self.steps = optimizer, 0
+            self.param_groups, self.zero_grad = optimizer.param_groups, optimizer.zero_grad
+
+        def step(self):
+            self.steps += 1
+            self.optimizer.step()
+
+    it = learner()
+    before = it.model.factor.item()
+    it.optimizer = counted = Counted(it.optimizer)
+    it.epoch(TrainingPhase())
+    assert counted.steps > 0
+    assert it.model.factor.item() != before

@@ -246,7 +246,7 @@ class Learner:
                 except CancelEpoch:
                     epoch.cancelled = epoch.skipped = True
                 if isinstance(phase, AbstractTrainingPhase):  # others may have been put in place
-                    named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
+                    named.check_held(self.model, self.optimizer)
                 if is_fits and self._resumption:
                     self._resumption.in_epoch(self)
                 yield epoch

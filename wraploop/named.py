@@ -145,13 +145,34 @@ def _optimizer(name: str, params: list[nn.Parameter], given: Any) -> Optimizer:
             f"`functools.partial(torch.optim.Adam, lr=1e-3)`, and got {optimizer!r}. "
             "A mapping of optimizers goes with a mapping of models."
         )
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if held.isdisjoint(map(id, params)):
-        raise ValueError(
-            f"The {type(optimizer).__name__} given for {name} holds none of its parameters. "
-            "Make it from the parameters of the model that the learner gets, or give a factory."
-        )
+    if not _holds_any(optimizer, params):
+        raise ValueError(_HOLDS_NONE.format(type(optimizer).__name__, name))
     return optimizer
+
+
+def check_held(model: nn.Module | Named, optimizer: Any) -> None:
+    """Checks that optimizers still are those of the models: others may have been put in place.
+
+    Raises:
+        ValueError: that of a model, or the one of all, holds none of the parameters.
+    """
+    models, given = by_name(model, "model"), by_name(optimizer, "model")
+    for name, one in given.items():
+        its = [models[name]] if name in models else models.values() if len(given) == 1 else []
+        params = [p for each in its for p in each.parameters()]
+        if params and hasattr(one, "param_groups") and not _holds_any(one, params):
+            raise ValueError(_HOLDS_NONE.format(type(one).__name__, name))
+
+
+def _holds_any(optimizer: Any, params: list[nn.Parameter]) -> bool:
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return not held.isdisjoint(map(id, params))
+
+
+_HOLDS_NONE = (
+    "The {} given for {} holds none of its parameters. Make it from the parameters of the model "
+    "that the learner gets, or give a factory."
+)
 
 
 def data(data: Batches | Mapping[str, Batches] | None) -> dict[str, Batches]:
