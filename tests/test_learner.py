@@ -619,14 +619,15 @@ def test_events_of_ones_own_are_ended_too():
     assert record.events == [EpochBegin, *step * 3, EpochEnd]
 
 
-def test_a_model_put_in_place_between_epochs_without_its_optimizer_is_an_error():
+@pytest.mark.parametrize(("event", "epochs"), [(EpochEnd, 2), (EpochBegin, 1)])
+def test_a_model_put_in_place_without_its_optimizer_is_an_error(event, epochs):
     class Replaces(Callback):
-        @on(EpochEnd, TrainingPhase)
+        @on(event, TrainingPhase)
         def replace(self, learner):
             learner.model = Scale()
 
     with pytest.raises(ValueError, match="holds none of its parameters"):
-        learner(Replaces()).fit(2)
+        learner(Replaces()).fit(epochs)
 
 
 def test_a_model_may_be_put_in_place_as_an_epoch_ends_and_its_optimizer_as_the_next_begins():
@@ -640,16 +641,6 @@ def test_a_model_may_be_put_in_place_as_an_epoch_ends_and_its_optimizer_as_the_n
             learner.optimizer = torch.optim.SGD(learner.model.parameters(), lr=0.1)
 
     learner(Replaces()).fit(2)
-
-
-def test_a_model_put_in_place_as_an_epoch_begins_without_its_optimizer_is_an_error():
-    class Replaces(Callback):
-        @on(EpochBegin, TrainingPhase)
-        def replace(self, learner):
-            learner.model = Scale()
-
-    with pytest.raises(ValueError, match="holds none of its parameters"):
-        learner(Replaces()).fit(1)
 
 
 def test_an_optimizer_put_in_place_need_be_none_of_torch():

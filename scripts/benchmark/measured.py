@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from wraploop.wrappers.tuning import Split
+
 from .ways import Way
 from .zoo import Case
 
@@ -54,7 +56,7 @@ class Measured:
         seconds: a step's, in each round.
         sent_bytes: by all processes together in a step, in each round, TCP's headers included.
         peak_mib: the most memory that rank 0 took, over what it had before the model was made.
-        chosen: what `threads="auto"` has, lanes x operator threads, if the way has it.
+        chosen: how `threads="auto"` divides the cores, if the way has it.
         deciding_steps: after how many.
     """
 
@@ -64,7 +66,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     sent_bytes: list[float] = field(default_factory=list)
     peak_mib: float = math.nan
-    chosen: str | None = None
+    chosen: list[Split] = field(default_factory=list)
     deciding_steps: int | None = None
 
     @property

@@ -48,7 +48,7 @@ def _row(results: Results, m: Measured) -> dict[str, float | str | None]:
     for reference in REFERENCES.values():
         ratio = results.ratio(m.case, m.way.name, reference)
         row += ratio[:3] if ratio else (None, None, None)
-    row += [_known(m.peak_mib), _known(m.sent), m.chosen, m.deciding_steps]
+    row += [_known(m.peak_mib), _known(m.sent), _splits(m), m.deciding_steps]
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -97,7 +97,7 @@ def short(results: Results) -> str:
         ratios = [results.ratio(case, *ways) for ways in SHORT.values()]
         cells = [_number(ratio.middle) if ratio else "" for ratio in ratios]
         if threads and threads.chosen:
-            cells[0] += f" ({threads.chosen})"
+            cells[0] += f" ({_splits(threads)})"
         times = [_number(1e3 * m.step_s) if m else "" for m in (plain, ddp)]
         lines.append([case.name, *times, *cells, *_peaks(ddp, local)])
     means = []
@@ -117,8 +117,13 @@ def _cells(results: Results, m: Measured) -> list[str]:
     cells = [m.way.name, f"{m.way.processes} x {m.way.threads}", *_spread(step)]
     for reference in REFERENCES.values():
         cells += _spread(results.ratio(m.case, m.way.name, reference))
-    chose = f"{m.chosen} after {m.deciding_steps}" if m.chosen else ""
+    chose = f"{_splits(m)} after {m.deciding_steps}" if m.chosen else ""
     return [*cells, _number(m.peak_mib), _number(m.sent / MIB), chose]
+
+
+def _splits(m: Measured) -> str | None:
+    """What auto has chosen, as lanes x operator threads."""
+    return ", ".join(f"{lanes} x {threads}" for lanes, threads in m.chosen) or None
 
 
 def _spread(values: Spread | None) -> list[str]:

@@ -79,9 +79,9 @@ _LEAST_OVER_PLAIN = {"lstm": 1.4, "transformer": 1.1}
 def _has_lanes(results: Results, case: Case) -> bool:
     """Whether auto has chosen more than one lane, and plain is there to compare."""
     threads = results.get(case, "threads")
-    if not threads or not threads.chosen or not results.get(case, "plain"):
+    if not threads or not results.get(case, "plain"):
         return False
-    return any(not split.startswith("1 x") for split in threads.chosen.split(", "))
+    return any(split.lanes > 1 for split in threads.chosen)
 
 
 def _threads_over_ddp(results: Results) -> Iterator[Target]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from wraploop import Learner
 from wraploop.gan import GANTraining
+from wraploop.wrappers.tuning import Split
 
 from .ways import Way
 from .zoo import LATENTS, Case
@@ -38,12 +39,10 @@ class Training(ABC):
         """Makes so many steps."""
 
     @property
-    def chosen(self) -> str | None:
-        """What `threads="auto"` has, lanes x operator threads, of each kind of call; else None."""
+    def chosen(self) -> list[Split]:
+        """What `threads="auto"` has chosen for some kind of call; nothing while it tries one."""
         chosen = {tuner.chosen for tuner in self._tuners}
-        if not chosen or None in chosen:
-            return None
-        return ", ".join(f"{lanes} x {threads}" for lanes, threads in sorted(chosen))
+        return [] if None in chosen else sorted(chosen)
 
     @property
     def is_deciding(self) -> bool:

@@ -8,6 +8,8 @@ import time
 import torch
 from torch import nn
 
+from wraploop.wrappers.tuning import Split
+
 from . import machine
 from .crew import Member
 from .muting import mute
@@ -37,7 +39,7 @@ def warm_up(member: Member, case: Case, way: Way, steps: int) -> int:
     return decided
 
 
-def chosen(member: Member, case: Case, way: Way) -> str | None:
+def chosen(member: Member, case: Case, way: Way) -> list[Split]:
     """What `threads="auto"` has chosen, if it has."""
     return kept(member, case, way).chosen
 

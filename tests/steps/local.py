@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
@@ -73,15 +74,20 @@ def own_rows_fewer_than_processes(m, o, k):
     update(o.net, F.mse_loss(m.net(x), y))
 
 
+@torch.no_grad()
+def draw_apart(model: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Sets tensors of `model` to other numbers on each rank, if ranks share it."""
+    rank = processes.rank() if isinstance(model, DistributedModel) else 0
+    drawing = torch.Generator().manual_seed(rank)
+    for tensor in tensors:
+        tensor.normal_(generator=drawing)
+
+
 @mean(net=normed)
 def values_set_after_wrapping(m, o, k):
     """As in PyTorch's DCGAN tutorial; every rank draws others, and rank 0's are meant."""
     if k == 0:
-        rank = processes.rank() if isinstance(m.net, DistributedModel) else 0
-        drawing = torch.Generator().manual_seed(rank)
-        with torch.no_grad():
-            for tensor in (*m.net.parameters(), m.net.get_buffer("1.running_mean")):
-                tensor.normal_(generator=drawing)
+        draw_apart(m.net, [*m.net.parameters(), m.net.get_buffer("1.running_mean")])
     update(o.net, fit(m.net, k))
 
 
@@ -561,11 +567,7 @@ def own_rows_of_two_sizes_in_one_loss(m, o, k):
 def values_set_after_wrapping_and_called_first_without_gradient(m, o, k):
     """A critic that begins, a frozen target: no process may go on with values of its own."""
     if k == 0:
-        rank = processes.rank() if isinstance(m.g, DistributedModel) else 0
-        drawing = torch.Generator().manual_seed(rank)
-        with torch.no_grad():
-            for parameter in m.g.parameters():
-                parameter.normal_(generator=drawing)
+        draw_apart(m.g, m.g.parameters())
     with torch.no_grad():
         fake = m.g(latents(k))
     update(o.d, F.softplus(m.d(fake)).mean() + F.softplus(-m.d(real(k))).mean())

@@ -36,7 +36,8 @@ def launched() -> int:
 
 def join(local_rank: int, timeout_s: float) -> bool:
     """Joins the group that the environment describes; returns whether it describes one."""
-    if not launched():
+    world_size = launched()
+    if not world_size:
         return False
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
@@ -45,7 +46,7 @@ def join(local_rank: int, timeout_s: float) -> bool:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
         return True
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank = int(os.environ["RANK"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store = TCPStore(address, port, is_master=False, timeout=timeout)
     name = agreed_name(PrefixStore("wraploop/joining", store), rank, world_size, timeout)

@@ -66,14 +66,11 @@ class ThreadedCPUParallel(ModelWrapper):
         runner = self._execution(LaneRunner)
         cores = torch.get_num_threads()
         tuner = runner.tuner(call, cores) if self.threads == "auto" else None
-        lanes, operator_threads = tuner.next() if tuner else _split(int(self.threads), cores)
-        if rows < lanes:
-            lanes, operator_threads = _split(rows, cores)
-        plain = tuner.plain if tuner else Split(1, cores)
-        if (lanes, operator_threads) == plain and (tuner is None or tuner.chosen):
+        split = tuner.next() if tuner else Split.even(int(self.threads), cores)
+        if rows < split.lanes:
+            split = Split.even(rows, cores)
+        plain = tuner.plain if tuner else Split.even(1, cores)
+        if split == plain and (tuner is None or tuner.chosen):
             return call.on(self.module)
-        return runner.run(call, rows, Lanes([None] * lanes, None, operator_threads), tuner)
-
-
-def _split(lanes: int, cores: int) -> Split:
-    return Split(lanes, max(1, cores // lanes))
+        lanes = Lanes([None] * split.lanes, None, split.operator_threads)
+        return runner.run(call, rows, lanes, tuner)

@@ -17,6 +17,11 @@ class Split(NamedTuple):
     lanes: int
     operator_threads: int
 
+    @classmethod
+    def even(cls, lanes: int, cores: int) -> Split:
+        """So many lanes, among which the cores are divided."""
+        return cls(lanes, max(1, cores // lanes))
+
 
 class Tuner:
     """Says how the next call should use the cores, until it has seen which split is fastest.
@@ -33,11 +38,9 @@ class Tuner:
     """
 
     def __init__(self, cores: int) -> None:
-        self.plain = Split(1, cores)
-        some = max(1, cores // 2)
-        self._candidates = sorted(
-            {self.plain, Split(1, 1), Split(some, cores // some), Split(cores, 1)}
-        )
+        self.plain = Split.even(1, cores)
+        even = {Split.even(lanes, cores) for lanes in (1, max(1, cores // 2), cores)}
+        self._candidates = sorted({Split(1, 1), *even})
         self._seconds: dict[tuple[str, Split], list[float]] = defaultdict(list)
         self._calls = 0
         self.chosen: Split | None = self.plain if cores == 1 else None
