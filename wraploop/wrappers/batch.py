@@ -1,7 +1,8 @@
 """A batch: a nest of tensors, and how its rows are cut into shards.
 
-A nest is a tensor, or a tuple, list, mapping, named tuple or dataclass of nests; whatever else
-stands in it belongs to no shard and goes to all of them as it is.
+A nest is a tensor, or a tuple, list, mapping, named tuple or dataclass of nests, or another object
+whose attributes lead to tensors (a distribution, say), and not back to it. Whatever else stands in
+it belongs to no shard and goes to all of them as it is.
 """
 
 from __future__ import annotations
@@ -9,13 +10,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .objects import attributes_of, is_object, with_attributes
+
 _PLAIN = (type, bool, int, float, str, bytes, type(None))  # no containers, in less time
+_MOST = 20_000  # things that an object leads to: with more, it is something to work with
 
 Nest = Any  # a tensor, or a container of nests; see the module's docstring
 T = TypeVar("T", bound=Nest)
@@ -61,6 +66,14 @@ def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
     """What `nest` contains, each with the way to write it; None if it is no container."""
     if isinstance(nest, _PLAIN):
         return None
+    parts = _parts(nest)
+    if parts is None and is_object(nest) and _leads_to_tensors(nest):
+        return _attributes(nest)
+    return parts
+
+
+def _parts(nest: Nest) -> list[tuple[str, Nest]] | None:
+    """The same for what is made to contain something."""
     if dataclasses.is_dataclass(nest):
         return [(f".{f.name}", getattr(nest, f.name)) for f in dataclasses.fields(nest)]
     if isinstance(nest, Mapping):
@@ -70,6 +83,33 @@ def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
     if isinstance(nest, (tuple, list)):
         return [(f"[{i}]", value) for i, value in enumerate(nest)]
     return None
+
+
+def _attributes(value: object) -> list[tuple[str, Nest]]:
+    return [(f".{name}", part) for name, part in attributes_of(value).items()]
+
+
+def _leads_to_tensors(value: object) -> bool:
+    try:
+        found = [isinstance(leaf, Tensor) for leaf in islice(_walk(value, ()), _MOST)]
+    except RecursionError:
+        return False
+    return any(found) and len(found) < _MOST
+
+
+def _walk(value: object, above: tuple[int, ...]) -> Iterator[object]:
+    """All that `value` leads to; RecursionError if that is itself, too."""
+    if id(value) in above:
+        raise RecursionError
+    if isinstance(value, (Tensor, *_PLAIN)):
+        yield value
+        return
+    parts = _parts(value)
+    if parts is None:
+        parts = _attributes(value) if is_object(value) else []
+    yield value
+    for _, part in parts:
+        yield from _walk(part, (*above, id(value)))
 
 
 def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
@@ -89,7 +129,9 @@ def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
         return type(nest)(dict(zip(nest, values, strict=True)))  # pyright: ignore[reportCallIssue]
     if hasattr(nest, "_fields"):
         return type(nest)(*values)
-    return type(nest)(values)
+    if isinstance(nest, (tuple, list)):
+        return type(nest)(values)
+    return with_attributes(nest, values)
 
 
 def map_tensors(fn: Callable[[Tensor, str], Any], nest: Nest, path: str = "") -> Nest:
@@ -135,6 +177,41 @@ def _replaced(nest: Nest, tensors: Iterator[Tensor | None]) -> Nest:
         return next(tensors)
     children = _held(nest)
     return _with(nest, children, [_replaced(child, tensors) for child in children])
+
+
+def renewed(nest: Nest, tensors: Sequence[Tensor]) -> Nest:
+    """The same, with all containers new: whoever changes one changes no other's."""
+    return _renewed(nest, iter(tensors))
+
+
+def _renewed(nest: Nest, tensors: Iterator[Tensor]) -> Nest:
+    if isinstance(nest, Tensor):
+        return next(tensors)
+    children = _children(nest)
+    if children is None:
+        return nest
+    return _rebuild(nest, [_renewed(child, tensors) for _, child in children])
+
+
+def changeable_in(nest: Nest) -> list[Nest]:
+    """The containers in `nest` that somebody may put something into, in order."""
+    found = []
+    for child in _held(nest):
+        if isinstance(child, (Tensor, *_PLAIN)) or _children(child) is None:
+            continue
+        if not isinstance(child, tuple) and _has_table(child):
+            found.append(child)
+        found += changeable_in(child)
+    return found
+
+
+def table_of(container: Nest) -> list[Nest] | MutableMapping[Any, Nest]:
+    """What a container of `changeable_in` keeps its contents in."""
+    return container if isinstance(container, (list, MutableMapping)) else vars(container)
+
+
+def _has_table(container: Nest) -> bool:
+    return isinstance(container, (list, MutableMapping)) or hasattr(container, "__dict__")
 
 
 def rows_of(nest: Nest) -> int | None:

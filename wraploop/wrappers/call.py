@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from .batch import Nest, tensors_of, with_tensors
+from .batch import Nest, changeable_in, renewed, table_of, tensors_of, with_tensors
+
+
+class Edit(NamedTuple):
+    """What a forward has done to a list, dict or object that it was passed.
+
+    Attributes:
+        removed: the keys, indices or attributes that are gone.
+        put: what it has put elsewhere, by the same.
+    """
+
+    removed: tuple[Any, ...]
+    put: dict[Any, Nest]
 
 
 class Call:
@@ -22,9 +34,55 @@ class Call:
         self.method = method
         self.arguments: Nest = (args, kwargs)
         self.inputs = tensors_of(self.arguments)
+        self._containers = _containers(self.arguments)
 
-    def on(self, module: nn.Module, inputs: list[Tensor] | None = None) -> Nest:
-        """Makes the call on `module`, with other `inputs` if they are given."""
-        args, kwargs = self.arguments if inputs is None else with_tensors(self.arguments, inputs)
+    def on(self, module: nn.Module) -> Nest:
+        """Makes the call on `module`."""
+        return self._run(module, self.arguments)
+
+    def on_shard(self, module: nn.Module, inputs: list[Tensor]) -> tuple[Nest, dict[int, Edit]]:
+        """Makes the call on `module`, with other `inputs`.
+
+        Returns:
+            what that returns, and what the forward has done to its arguments' containers, by
+            number: the call's own are as they were.
+        """
+        if not self._containers:
+            return self._run(module, with_tensors(self.arguments, inputs)), {}
+        arguments = renewed(self.arguments, inputs)
+        containers = _containers(arguments)
+        before = [*map(_contents, containers)]
+        output = self._run(module, arguments)
+        edits = [_edit(*pair) for pair in zip(before, map(_contents, containers), strict=True)]
+        return output, {i: edit for i, edit in enumerate(edits) if edit.removed or edit.put}
+
+    def hand_back(self, edits: dict[int, Edit]) -> None:
+        """Does `edits` to the call's own containers."""
+        for i, (removed, put) in edits.items():
+            table: Any = table_of(self._containers[i])
+            for key in reversed(removed):
+                del table[key]
+            for key, value in put.items():
+                if isinstance(table, list) and key == len(table):
+                    table.append(value)
+                else:
+                    table[key] = value
+
+    def _run(self, module: nn.Module, arguments: Nest) -> Nest:
+        args, kwargs = arguments
         run = module if self.method == "forward" else getattr(module, self.method)
         return run(*args, **kwargs)
+
+
+def _containers(arguments: Nest) -> list[Nest]:
+    return [container for part in arguments for container in changeable_in(part)]
+
+
+def _contents(container: Nest) -> dict[Any, Nest]:
+    table = table_of(container)
+    return dict(enumerate(table) if isinstance(table, list) else table.items())
+
+
+def _edit(before: dict[Any, Nest], now: dict[Any, Nest]) -> Edit:
+    put = {k: value for k, value in now.items() if k not in before or before[k] is not value}
+    return Edit(tuple(key for key in before if key not in now), put)

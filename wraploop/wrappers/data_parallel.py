@@ -61,7 +61,9 @@ class DataParallel(ModelWrapper):
         devices = self.devices[: rows or 0]
         if len(devices) < 2 or is_transformed():
             inputs = [tensor.to(self.devices[0]) for tensor in call.inputs]
-            return call.on(self.module, inputs)
+            output, edits = call.on_shard(self.module, inputs)
+            call.hand_back(edits)
+            return output
         on_cpu = all(device.type == "cpu" for device in devices)
         threads = max(1, torch.get_num_threads() // len(devices)) if on_cpu else None
         lanes = Lanes(devices, self.output_device, threads)

@@ -146,11 +146,12 @@ class LaneRunner:
         crossing.on_backward = on_backward
         crossing.on_written = replicas[0].hand_back_recomputed
         wholes = crossing.come_out(outs[0])
-        output = ran[0].whole(call, replicas[0], wholes, group.sizes[0])
+        output, edits = ran[0].whole(call, replicas[0], wholes, group.sizes[0])
+        call.hand_back(edits)
         for replica in replicas:
             replica.settle()
         if expected and self._probe:
-            expected.check(call, output, ran[0])
+            expected.check(call, output, edits, ran[0])
         return output
 
     def _ran(
@@ -171,9 +172,9 @@ class LaneRunner:
             inputs, replica = taken[lane], replicas[lane]
             before = [version_of(tensor) for tensor in inputs]
             with noise.lane(lane) if noise else nullcontext():
-                output = call.on(replica.module, inputs)
+                output, edits = call.on_shard(replica.module, inputs)
             written = written_to(inputs, before, call.inputs)
-            return Ran(output, replica.changes(), written, replica.take_observed())
+            return Ran(output, replica.changes(), written, replica.take_observed(), edits)
 
         random_state = torch.get_rng_state()
         keepsakes = Keepsakes([hook for replica in replicas for hook in replica.hooks])

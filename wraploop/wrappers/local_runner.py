@@ -121,8 +121,9 @@ class LocalRunner:
     def _run(self, call: Call, rank: Rank, meets: bool, tree: Tree) -> Nest:
         _, (replica,) = self._replicas_for(rank, meets).get([None], tree)
         with running(rank if meets else None), compiling(tree.is_compiled):
-            output = call.on(replica.module, [_some_rows(x) for x in call.inputs])
-        ran = Ran(output, replica.changes(), {}, [])
+            inputs = [_some_rows(x) for x in call.inputs]
+            output, edits = call.on_shard(replica.module, inputs)
+        ran = Ran(output, replica.changes(), {}, [], edits)
         tensors = tensors_of(ran.nest)
         replica.boundary = BOUNDARY
         replica.check_outs(tensors)
@@ -130,7 +131,8 @@ class LocalRunner:
         if rank.rows == 0:
             wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
         self._average_buffers(rank, ran, wholes)
-        output = ran.whole(call, replica, wholes, rank.size)
+        output, edits = ran.whole(call, replica, wholes, rank.size)
+        call.hand_back(edits)
         replica.settle()
         return output
 

@@ -13,14 +13,15 @@ from wraploop.processes.channel import fingerprint
 
 from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
-from .call import Call
+from .call import Call, Edit
 from .change import Change
 from .internals import version_of
 from .observers import Observation
 from .replica import Replica
 from .tree import Place, Tree
 
-_ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
+PUT = "what the forward puts into its arguments"
+ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
 
 
 def move_in(tensor: Tensor) -> Move:
@@ -79,18 +80,21 @@ class Ran(NamedTuple):
         changes: what it set on its modules.
         inputs: which inputs it wrote to in place, and what they became.
         observed: what forward hooks have seen.
+        edits: what it has done to the containers in its arguments, by number.
     """
 
     output: Nest
     changes: dict[Place, Change]
     inputs: dict[int, Tensor]
     observed: list[Observation]
+    edits: dict[int, Edit]
 
     @property
     def nest(self) -> Nest:
         """All of it."""
         changed = [change.value for change in self.changes.values()]
-        return self.output, changed, self.inputs, [each.seen for each in self.observed]
+        seen = [each.seen for each in self.observed]
+        return self.output, changed, self.inputs, seen, self.edits
 
     def coming_out(self, call: Call, rows: int, weight: float) -> Iterator[tuple[Tensor, Move]]:
         """The tensors of `nest`, in order, each with the way it comes out.
@@ -126,11 +130,15 @@ class Ran(NamedTuple):
                     yield leaf.detach(), "first"
                 else:
                     yield (leaf, "gather") if leaf.ndim else (leaf * weight, "sum")
+        for path, leaf in leaves_of(self.edits):
+            if isinstance(leaf, Tensor):
+                move = move_out(leaf, rows, f"{PUT}{path}")
+                yield leaf * weight if move == "sum" else leaf, move
 
     def whole(
         self, call: Call, replica: Replica, wholes: Sequence[Tensor | None], rows: int
-    ) -> Nest:
-        """The output of the whole batch, once everything else has been handed back.
+    ) -> tuple[Nest, dict[int, Edit]]:
+        """The output and `edits` of the whole batch, once everything else has been handed back.
 
         Args:
             call: what was called.
@@ -138,9 +146,9 @@ class Ran(NamedTuple):
             wholes: what the tensors of `nest` have become.
             rows: how many rows the shard ran.
         """
-        if not (self.changes or self.inputs or self.observed):
-            return with_tensors(self.output, wholes)
-        output, values, inputs, seen = with_tensors(self.nest, wholes)
+        if not (self.changes or self.inputs or self.observed or self.edits):
+            return with_tensors(self.output, wholes), {}
+        output, values, inputs, seen, edits = with_tensors(self.nest, wholes)
         pairs = zip(self.changes.items(), values, strict=True)
         replica.hand_back({place: change._replace(value=v) for (place, change), v in pairs})
         originals = call.inputs
@@ -148,7 +156,7 @@ class Ran(NamedTuple):
             originals[i].copy_(value)
         for each, whole in zip(self.observed, seen, strict=True):
             each.repeat(whole, rows)
-        return output
+        return output, edits
 
 
 def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int]) -> list[Ran]:
@@ -166,8 +174,9 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         ValueError, TypeError: they have returned what cannot be put together.
     """
     check_alike([mine.output for mine in ran], f"The output of {call.method!r}")
-    if not any(mine.changes or mine.inputs or mine.observed for mine in ran):
+    if not any(mine.changes or mine.inputs or mine.observed or mine.edits for mine in ran):
         return ran
+    check_alike([mine.edits for mine in ran], PUT)
     check_alike([[o.seen for o in mine.observed] for mine in ran], "What forward hooks see")
     seen = [[signature(tensor) for tensor in inputs] for inputs in taken] if ran[0].changes else []
     places = [
@@ -196,6 +205,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
             {p: mine.changes[p]._replace(is_rows=p in rows) for p in places},
             {i: inputs[i] for i in written},
             [each._replace(is_apart=i in apart) for i, each in enumerate(mine.observed)],
+            mine.edits,
         )
         for mine, inputs in zip(ran, taken, strict=True)
     ]
@@ -228,7 +238,7 @@ def depend_on_rows(signatures: Sequence[float], inputs: Sequence[Sequence[float]
 
 def plain_values(nest: Nest) -> list[Any]:
     """The numbers, strings and the like in `nest`."""
-    return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, _ATOMS)]
+    return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, ATOMS)]
 
 
 def _check_same_values(place: Place, values: list[Any]) -> None:
@@ -283,11 +293,11 @@ def check_alike(outputs: Sequence[Nest], where: str) -> None:
         return
     first = list(leaves_of(outputs[0]))
     for path, leaf in first:
-        if not isinstance(leaf, (Tensor, *_ATOMS)) and not callable(leaf):
+        if not isinstance(leaf, (Tensor, *ATOMS)) and not callable(leaf):
             raise TypeError(
                 f"{where}{path} is a {type(leaf).__name__}, which cannot be put together from the "
-                "shards' parts. Return tensors, in tuples, lists, dicts, named tuples or "
-                "dataclasses."
+                "shards' parts. Return tensors, in tuples, lists, dicts, named tuples, "
+                "dataclasses or attributes of objects."
             )
     for output in outputs[1:]:
         others = list(leaves_of(output))

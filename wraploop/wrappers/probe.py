@@ -8,6 +8,7 @@ gradients; and what the shards have given is compared with that.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,12 +20,12 @@ from torch import Tensor, nn
 
 from wraploop.processes.channel import PeerError
 
-from .batch import leaves_of
-from .call import Call
+from .batch import Nest, leaves_of
+from .call import Call, Edit
 from .internals import global_hooks, same_values
 from .noise import kept_random_state
 from .observers import Keepsakes
-from .outputs import Ran
+from .outputs import ATOMS, PUT, Ran
 from .replicas import Replicas, alias
 from .shard import current, note, unsplit
 from .tree import Place, buffers_of
@@ -34,25 +35,26 @@ class Expected(NamedTuple):
     """What a call gives on the whole batch.
 
     Attributes:
-        outputs: its tensors, by path.
+        outputs: what is in its output and what it puts into its arguments, by what to call it.
         parameters: by name, what the forward has written to parameters, and the parameters.
-        changes: what it leaves in buffers and attributes, if that is a tensor.
-        spread: how far outputs are apart, by path, if inputs are by a rounding error.
+        changes: what it leaves in buffers and attributes.
+        spread: how far `outputs` are apart if inputs are by a rounding error.
         precision: of the numbers that it has been computed with.
     """
 
-    outputs: dict[str, Tensor]
+    outputs: dict[str, Any]
     parameters: dict[str, tuple[Tensor, Tensor]]
-    changes: dict[Place, Tensor]
+    changes: dict[Place, Any]
     spread: Callable[[], dict[str, Tensor]]
     precision: float
 
-    def check(self, call: Call, output: object, ran: Ran) -> None:
+    def check(self, call: Call, output: Nest, edits: dict[int, Edit], ran: Ran) -> None:
         """Compares what the shards have given.
 
         Args:
             call: what was called.
             output: what it has returned, whole.
+            edits: what it has done to the containers in its arguments.
             ran: what one shard has left; what it has changed has been handed back.
 
         Raises:
@@ -61,20 +63,39 @@ class Expected(NamedTuple):
         for name, (whole, mine) in self.parameters.items():
             if not self._is_close(mine, whole, 0.0):
                 raise NotImplementedError(_WRITTEN.format(name))
-        for path, mine in _tensors(output).items():
-            whole = self.outputs.get(path)
-            if whole is None or self._is_close(mine, whole, 0.0):
-                continue
+        for name, mine in _named(call, output, edits).items():
+            whole = self.outputs.get(name)
+            self._check_plain(name, mine, whole)
             # A network that makes much of a rounding error makes much of the order of sums.
-            if not self._is_close(mine, whole, _MANY * self.spread().get(path, 0.0)):
-                raise ValueError(_COUPLED.format(f"the output{path} of {call.method!r}"))
+            if not self._is_close(mine, whole, 0.0) and not self._is_close(
+                mine, whole, _MANY * self.spread().get(name, 0.0)
+            ):
+                raise ValueError(_COUPLED.format(name))
         for holder, name in self.changes.keys() & ran.changes.keys():
             mine, whole = _kept(holder.of, name), self.changes[holder, name]
-            if isinstance(mine, Tensor) and not self._is_close(mine, whole, 0.0):
-                raise ValueError(_COUPLED.format(f"{name!r} of {type(holder.of).__name__}"))
+            name = f"{name!r} of {type(holder.of).__name__}"
+            self._check_plain(name, mine, whole)
+            if not self._is_close(mine, whole, 0.0):
+                raise ValueError(_COUPLED.format(name))
 
-    def _is_close(self, mine: Tensor, whole: Tensor, more: Tensor | float) -> bool:
-        """Whether they are, to the precision and, absolutely, to `more`."""
+    def _check_plain(self, name: str, mine: Nest, whole: Nest) -> None:
+        """Checks numbers, strings and the like, where both have one."""
+        expected = dict(leaves_of(whole))
+        for path, value in leaves_of(mine):
+            other = expected.get(path)
+            both = isinstance(value, ATOMS) and isinstance(other, ATOMS) and other is not None
+            if both and value is not None and not self._is_same(value, other):
+                raise ValueError(_COUNTED.format(name + path, repr(value), repr(other)))
+
+    def _is_same(self, mine: Any, whole: Any) -> bool:
+        """Whether two plain values are the same, floats but for rounding."""
+        numbers = isinstance(mine, float) and isinstance(whole, float)
+        return mine == whole or (numbers and math.isclose(mine, whole, rel_tol=self.precision))
+
+    def _is_close(self, mine: Any, whole: Any, more: Tensor | float) -> bool:
+        """Whether tensors are the same, to the precision and, absolutely, to `more`."""
+        if not (isinstance(mine, Tensor) and isinstance(whole, Tensor)):
+            return True
         if mine.shape != whole.shape or not (whole.is_floating_point() or whole.is_complex()):
             return True  # told apart elsewhere; or rounded, whose neighbours are far
         mine, whole = mine.detach().to(whole.device), whole.detach()
@@ -122,8 +143,10 @@ class Probe:
                 output, changes, parameters = self._made(call, _clone(call.inputs))
             except Exception:  # the shards' run will say what is wrong, or it needs gradients
                 return None
-        if noise.drew:
-            return None
+        if noise.drew:  # what is no tensor is the same in all shards, and so depends on no noise
+            output = {name: leaf for name, leaf in output.items() if not isinstance(leaf, Tensor)}
+            changes = {place: v for place, v in changes.items() if not isinstance(v, Tensor)}
+            parameters = {}
         spread = partial(self._spread, call)
         return Expected(output, parameters, changes, spread, _precision(output))
 
@@ -132,25 +155,25 @@ class Probe:
             here, *_ = self._made(call, _clone(call.inputs))
             near, *_ = self._made(call, list(map(_nearby, call.inputs)))
         off = {
-            path: (here[path] - near[path]).abs().reshape(-1)
-            for path in here.keys() & near.keys()
-            if here[path].shape == near[path].shape and here[path].numel()
+            name: (here[name] - near[name]).abs().reshape(-1)
+            for name in here.keys() & near.keys()
+            if isinstance(here[name], Tensor) and isinstance(near[name], Tensor)
+            if here[name].shape == near[name].shape and here[name].numel()
         }
-        return {path: o.where(o.isfinite(), 0.0).max() for path, o in off.items()}
+        return {name: o.where(o.isfinite(), 0.0).max() for name, o in off.items()}
 
     def _made(
         self, call: Call, inputs: list[Tensor]
-    ) -> tuple[dict[str, Tensor], dict[Place, Tensor], dict[str, tuple[Tensor, Tensor]]]:
+    ) -> tuple[dict[str, Any], dict[Place, Any], dict[str, tuple[Tensor, Tensor]]]:
         """What `call` returns, leaves, and writes to parameters, on a copy of the module."""
         replicas = Replicas(self._module, False, _clones, alone=False, observes=True)
         tree, (replica,) = replicas.get([None])
         keepsakes = Keepsakes(replica.hooks)
         try:
-            output = _tensors(call.on(replica.module, inputs))
+            output, edits = call.on_shard(replica.module, inputs)
         finally:
             keepsakes.restore()
-        changes = replica.changes().items()
-        left = {p: c.value for p, c in changes if isinstance(c.value, Tensor)}
+        left = {place: change.value for place, change in replica.changes().items()}
         pairs = zip(replica.leaves, tree.parameters, strict=True)
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         written = {
@@ -158,15 +181,17 @@ class Probe:
             for leaf, p in pairs
             if id(p) in names and not same_values(leaf, p)
         }
-        return output, left, written
+        return _named(call, output, edits), left, written
 
 
 def _kept(holder: Any, name: str) -> object:
     return buffers_of(holder).get(name, holder.__dict__.get(name))
 
 
-def _tensors(output: object) -> dict[str, Tensor]:
-    return {path: leaf for path, leaf in leaves_of(output) if isinstance(leaf, Tensor)}
+def _named(call: Call, output: Nest, edits: dict[int, Edit]) -> dict[str, Any]:
+    """What is in `output` and `edits`, by what to call it."""
+    returned = {f"the output{path} of {call.method!r}": leaf for path, leaf in leaves_of(output)}
+    return returned | {f"{PUT}{path}": leaf for path, leaf in leaves_of(edits)}
 
 
 def _clone(inputs: list[Tensor]) -> list[Tensor]:
@@ -183,9 +208,10 @@ def _nearby(tensor: Tensor) -> Tensor:
     return torch.where(signs > 0, tensor * (1 + 2 * eps), tensor * (1 - 2 * eps)).detach()
 
 
-def _precision(output: dict[str, Tensor]) -> float:
+def _precision(output: dict[str, Any]) -> float:
     """The cube root of the coarsest rounding: deep networks make more of a rounding error."""
-    dtypes = {x.dtype for x in output.values() if x.is_floating_point()}
+    tensors = [leaf for leaf in output.values() if isinstance(leaf, Tensor)]
+    dtypes = {x.dtype for x in tensors if x.is_floating_point()}
     if torch.is_autocast_enabled("cpu"):
         dtypes.add(torch.get_autocast_dtype("cpu"))
     if torch.cuda.is_available() and torch.is_autocast_enabled("cuda"):
@@ -221,6 +247,11 @@ _IN_SHARDS = (
     "The whole batch has run without it. The first axis of every tensor that goes in has to count "
     "the batch's rows: mark one that does not as `wraploop.shared(tensor)`, and put time behind "
     "rows (`batch_first=True`)."
+)
+
+_COUNTED = (
+    "In shards, {} is {}, and {} on the whole batch: it depends on how many rows there are. Return "
+    "or keep it as a tensor with one row for each row of the batch, or have the caller count them."
 )
 
 _COUPLED = (

@@ -20,6 +20,7 @@ from .internals import compiling, depends_on, version_of
 from .noise import own_noise
 from .observers import Keepsakes, Observation
 from .outputs import (
+    PUT,
     Ran,
     carried_moves,
     check_alike,
@@ -107,7 +108,7 @@ class RankRunner:
         state = (call.method, self.module.training)
         own = own_noise(self.channel.rank, elsewhere=self._draws_elsewhere.get(state, True))
         with explained(expected), running(rank), own as noise, compiling(tree.is_compiled):
-            output = call.on(replica.module, taken)
+            output, edits = call.on_shard(replica.module, taken)
         keepsakes.restore()
         rank.drew, self._draws_elsewhere[state] = noise.drew, noise.drew_elsewhere
         ran = Ran(
@@ -115,8 +116,10 @@ class RankRunner:
             self._agreed(replica.changes(), taken, rank, total),
             written_to(taken, before, inputs),
             self._joined(replica.take_observed(), rank.size),
+            edits,
         )
         check_alike([output], f"The output of {call.method!r}")
+        check_alike([edits], PUT)
 
         # Gather
         out = list(ran.coming_out(call, rank.size, rank.weight))
@@ -135,11 +138,12 @@ class RankRunner:
         self._same.end()
         if rank.drew:
             torch.rand(1)  # so that the next call draws other numbers, on every rank
-        output = ran.whole(call, replica, wholes, rank.size)
+        output, edits = ran.whole(call, replica, wholes, rank.size)
+        call.hand_back(edits)
         replica.settle()
         if expected:
             try:
-                expected.check(call, output, ran)
+                expected.check(call, output, edits, ran)
             except ValueError as error:
                 raise ValueError(f"{error} {_OR_DIVERGED}") from error
         return output
@@ -200,6 +204,7 @@ class RankRunner:
         shapes = [tuple(x.shape) for x in call.inputs]
         returned = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors]
         values = {place[1]: plain_values(change.value) for place, change in ran.changes.items()}
+        values |= {f"argument {i}": plain_values(edit) for i, edit in ran.edits.items()}
         left = f", having set {values}" if any(values.values()) else ""
         return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}"
 
