@@ -34,6 +34,16 @@ class Refusing(nn.Module):
         return self.layer(x)
 
 
+class Returning(nn.Module):
+    def __init__(self, returns: Callable[[torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.returns = returns
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.returns(self.layer(x))
+
+
 def attempt(name: str, run: Callable[[], Any]) -> None:
     begun = time.monotonic()
     try:
@@ -81,6 +91,8 @@ def main() -> None:
     refusing = DistributedModel(Refusing())
     whole = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     flagged = DistributedModel(Flagged(), timeout_s=3)
+    counting = DistributedModel(Returning(lambda x: (x, len(x))), timeout_s=3)
+    sparse = DistributedModel(Returning(torch.Tensor.to_sparse), timeout_s=3)
     late = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
 
@@ -129,6 +141,8 @@ def main() -> None:
         "an error in forward": lambda: refusing(x),
         "another exchange": lambda: model(x) if RANK else processes.sum(1.0),
         "another exchange, own rows": lambda: local(x + RANK) if RANK else processes.sum(1.0),
+        "another value returned": lambda: counting(x[:5]),
+        "a sparse output": lambda: sparse(x),
         "the same rows": lambda: local(x),
         "the same noise": draw_the_same,
         "another parameter": change_on_one,

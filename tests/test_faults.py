@@ -21,6 +21,8 @@ EXPECTED = {
         "PeerError The processes do different .*add numbers up.*run Linear.forward",
     )
     * 2,
+    "another value returned": (r"PeerError The processes do .*returned \[3\].*returned \[2\]",) * 2,
+    "a sparse output": ("TypeError The output of 'forward' is stored as torch.sparse_coo",) * 2,
     "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,
     "the same noise": ("ValueError Every process has drawn the same random numbers",) * 2,
     "another parameter": ("PeerError Rank 1 has another parameter '(weight|bias)'",) * 2,

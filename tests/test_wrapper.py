@@ -366,3 +366,52 @@ def test_a_local_model_that_was_loaded_in_several_processes_does_not_train_alone
     with pytest.raises(RuntimeError, match="in process 1 of 2, which is in no process"):
         model(torch.ones(2, 3))
     assert model.eval()(torch.ones(2, 3)).shape == (2, 1)
+
+
+class Returning(nn.Module):
+    """Returns what a function makes of its input and of its output."""
+
+    def __init__(self, returns):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+        self.returns = returns
+
+    def forward(self, x):
+        return self.returns(x, self.layer(x.to_dense()))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_sparse_tensors_are_refused_in_words_of_their_own(wrap_in_lanes, layout):
+    x = torch.randn(6, 3)
+    with pytest.raises(TypeError, match=f"An input is stored as {layout}"):
+        wrap_in_lanes(Returning(lambda _, y: y))(x.to_sparse(layout=layout))
+    with pytest.raises(TypeError, match=f"output of 'forward' is stored as {layout}"):
+        wrap_in_lanes(Returning(lambda _, y: y.detach().to_sparse(layout=layout)))(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_in_words_of_their_own(wrap_in_lanes):
+    nested = torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)])
+    with pytest.raises(TypeError, match="An input is nested"):
+        wrap_in_lanes(nn.Linear(3, 2))(nested)
+    with pytest.raises(TypeError, match="output of 'forward' is nested"):
+        wrap_in_lanes(Returning(lambda x, y: torch.nested.nested_tensor([*y])))(torch.randn(6, 3))
+
+
+@pytest.mark.parametrize(("rows", "message"), [(6, "couples rows"), (7, r"\(4, 4\).*\(3, 3\)")])
+def test_a_table_of_rows_by_rows_is_refused(wrap_in_lanes, rows, message):
+    with pytest.raises(ValueError, match=message):
+        wrap_in_lanes(Returning(lambda _, y: y @ y.T))(torch.randn(rows, 3))
+
+
+def test_a_plain_value_that_counts_the_rows_of_a_shard_is_refused(wrap_in_lanes):
+    with pytest.raises(ValueError, match="is 3, and 6 on the whole batch"):
+        wrap_in_lanes(Returning(lambda x, y: (y, x.shape)))(torch.randn(6, 3))
+
+
+def test_what_is_set_on_an_input_comes_with_it(wrap):
+    model = Returning(lambda x, y: y * 2 if hasattr(x, "is_doubled") else y)
+    x = torch.randn(6, 3)
+    x.is_doubled = True  # type: ignore
+    torch.testing.assert_close(wrap(copy.deepcopy(model))(x), model(x))

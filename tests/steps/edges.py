@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from wraploop import batch_mean
+
 from .registry import mlp, randn, space, step, update
 from .structures import twice
 
@@ -49,6 +51,18 @@ def output_with_as_many_rows_as_a_shard_has(m, o, k):
     for rows in (4, 6, 8, 10):
         out, codes = m.net(randn(k, rows, 3))
         update(o.net, out.mean() + codes.square().sum())
+
+
+@step(net=lambda: Extra(2), refused="first axis|rows")
+def output_with_as_many_rows_as_a_shard_has_in_every_batch(m, o, k):
+    out, codes = m.net(randn(k, 4, 3))
+    update(o.net, out.mean() + codes.square().sum())
+
+
+@step(net=lambda: nn.Sequential(nn.Dropout(0.5), Extra(2)), refused="first axis|rows")
+def output_with_as_many_rows_as_a_shard_has_and_dropout(m, o, k):
+    out, codes = m.net(randn(k, 4, 3))
+    update(o.net, out.mean() + codes.square().sum())
 
 
 class SumLoss(nn.Module):
@@ -184,3 +198,35 @@ class Dispatch(nn.Module):
 @step(net=Dispatch)
 def hooks_that_refer_to_the_model(m, o, k):
     return twice(m, o, k), m.net.kept["h"]
+
+
+class Masked(nn.Module):
+    """A language model's loss, over the labels that are not left out."""
+
+    def __init__(self, drop: float, agreed: bool = False) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Dropout(drop))
+        self.last, self.agreed = nn.Linear(6, 4), agreed
+
+    def forward(self, x, labels):
+        logits = self.last(self.body(x))
+        if not self.agreed:
+            return F.cross_entropy(logits, labels), logits
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return batch_mean(losses) / batch_mean(labels.ne(-100).to(losses)), logits
+
+
+def half_masked(k):
+    return torch.tensor([-100, -100, -100, -100, 1, 2, 3, 0, k])
+
+
+@step(net=lambda: Masked(0.1), refused="couples rows")
+def loss_over_some_labels_and_dropout(m, o, k):
+    update(o.net, m.net(randn(k, 9, 3), half_masked(k))[0])
+
+
+@step(net=lambda: Masked(1e-300, agreed=True), draws=True)
+def loss_over_some_labels_agreed_on_and_dropout(m, o, k):
+    loss, logits = m.net(randn(k, 9, 3), half_masked(k))
+    update(o.net, loss)
+    return loss, logits

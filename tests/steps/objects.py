@@ -132,6 +132,28 @@ def hooks_that_keep_things_in_variables(m, o, k):
     return count, seen, inputs, total
 
 
+class Unmeasured(tuple):
+    """As e3nn's Irreps: a tuple that is not asked for its length."""
+
+    def __len__(self):
+        raise NotImplementedError
+
+
+class Choosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+        self.layers, self.numbers = Unmeasured([self.a]), Unmeasured([1, 2])
+
+    def forward(self, x):
+        return next(iter(self.layers))(x) * next(iter(self.numbers))
+
+
+@step(net=Choosing)
+def tuples_without_length(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()

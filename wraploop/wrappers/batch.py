@@ -220,7 +220,7 @@ def rows_of(nest: Nest) -> int | None:
     Raises:
         ValueError: two of them disagree, or a list seems to hold one thing for each row.
     """
-    counts = [len(tensor) for tensor in tensors_of(nest) if not is_shared(tensor)]
+    counts = [tensor.size(0) for tensor in tensors_of(nest) if not is_shared(tensor)]
     rows = counts[0] if counts else None
     if counts and counts.count(counts[0]) != len(counts):
         leaves = ((path, leaf) for path, leaf in leaves_of(nest) if isinstance(leaf, Tensor))

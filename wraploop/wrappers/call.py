@@ -43,10 +43,15 @@ class Call:
     def on_shard(self, module: nn.Module, inputs: list[Tensor]) -> tuple[Nest, dict[int, Edit]]:
         """Makes the call on `module`, with other `inputs`.
 
+        Those have what the user has set on the tensors that they stand for.
+
         Returns:
             what that returns, and what the forward has done to its arguments' containers, by
             number: the call's own are as they were.
         """
+        for mine, whole in zip(inputs, self.inputs, strict=True):
+            if mine is not whole and vars(whole):
+                vars(mine).update(vars(whole))
         if not self._containers:
             return self._run(module, with_tensors(self.arguments, inputs)), {}
         arguments = renewed(self.arguments, inputs)

@@ -148,7 +148,7 @@ def _parts(value: Any) -> list[Any]:
     if isinstance(value, dict):
         return [*value.keys(), *value.values()]
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        return list(value)
+        return list(iter(value))  # whose length is not asked: a subclass may have none
     if isinstance(value, FunctionType):
         return [
             *(content for _, content in cells_of(value)),

@@ -72,8 +72,9 @@ class LaneRunner:
 
     def _run_timed(self, call: Call, rows: int, lanes: Lanes, tuner: Tuner | None) -> Nest:
         count = len(lanes.devices)
-        expected = self._probe.expect(call) if count > 1 and self._probe else None
-        group = LaneGroup(split(rows, count), lanes, self._threads)
+        parts = split(rows, count)
+        expected = self._probe.expect(call, parts) if count > 1 and self._probe else None
+        group = LaneGroup(parts, lanes, self._threads)
         if tuner is None or tuner.chosen:
             return self._run(call, lanes, group, expected, None)
         used = Split(count, lanes.operator_threads or 0)

@@ -213,7 +213,7 @@ class LocalRunner:
 
 def _some_rows(tensor: Tensor) -> Tensor:
     """`tensor`, with a row of zeros if it has none, so that the module has something to run."""
-    if is_shared(tensor) or len(tensor):
+    if is_shared(tensor) or tensor.size(0):
         return tensor
     return torch.cat([tensor, zeros_like_rows(tensor, 1)])
 
@@ -221,7 +221,8 @@ def _some_rows(tensor: Tensor) -> Tensor:
 def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
     """A number that processes share if they pass the same batch; NaN if all might by chance."""
     fewest = {x: _FEW_NUMBERS if x.is_floating_point() else _FEW_INDICES for x in inputs}
-    telling = [x for x in inputs if not is_shared(x) and x.numel() >= fewest[x]]
+    dense = [x for x in inputs if x.layout is torch.strided and not (is_shared(x) or x.is_nested)]
+    telling = [x for x in dense if x.numel() >= fewest[x]]
     known = [number for number in map(signature, telling) if not math.isnan(number)]
     return sum(known) if known else math.nan
 

@@ -25,8 +25,15 @@ ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.d
 
 
 def move_in(tensor: Tensor) -> Move:
-    """How an input goes into the shards."""
-    return "share" if is_shared(tensor) else "scatter"
+    """How an input goes into the shards.
+
+    Raises:
+        TypeError: it is sparse or nested, and so cannot be cut into rows.
+    """
+    if is_shared(tensor):
+        return "share"
+    _check_has_rows(tensor, "An input")
+    return "scatter"
 
 
 def carried_moves(tree: Tree, places: Container[Place], rows: int) -> list[Move]:
@@ -53,9 +60,10 @@ def move_out(tensor: Tensor, rows: int, where: str) -> Move:
 
     Raises:
         ValueError: it is neither.
-        TypeError: it is a 0-dimensional integer, of which there is no mean.
+        TypeError: it is a 0-dimensional integer, of which there is no mean, or sparse or nested.
     """
     if tensor.ndim > 0:
+        _check_has_rows(tensor, where)
         if len(tensor) != rows:
             raise ValueError(
                 f"{where} has shape {tuple(tensor.shape)} where {rows} rows went in: its first "
@@ -70,6 +78,16 @@ def move_out(tensor: Tensor, rows: int, where: str) -> Move:
             "row of the batch."
         )
     return "sum"
+
+
+def _check_has_rows(tensor: Tensor, where: str) -> None:
+    if tensor.is_nested or tensor.layout is not torch.strided:
+        kind = "nested" if tensor.is_nested else f"stored as {tensor.layout}"
+        raise TypeError(
+            f"{where} is {kind}, which is neither cut into rows nor put together from them. Pass "
+            "and return dense tensors (`to_dense()`, `to_padded_tensor()`), and make the other in "
+            "the forward."
+        )
 
 
 class Ran(NamedTuple):
@@ -177,7 +195,8 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     if not any(mine.changes or mine.inputs or mine.observed or mine.edits for mine in ran):
         return ran
     check_alike([mine.edits for mine in ran], PUT)
-    check_alike([[o.seen for o in mine.observed] for mine in ran], "What forward hooks see")
+    seen_by_hooks = [[each.seen for each in mine.observed] for mine in ran]
+    check_alike(seen_by_hooks, "What forward hooks see", joins=False)
     seen = [[signature(tensor) for tensor in inputs] for inputs in taken] if ran[0].changes else []
     places = [
         place
@@ -282,14 +301,20 @@ def _same_form(a: Change, b: Change) -> bool:
     return len(mine) == len(other) and all(map(_alike, mine, other))
 
 
-def check_alike(outputs: Sequence[Nest], where: str) -> None:
+def check_alike(outputs: Sequence[Nest], where: str, joins: bool = True) -> None:
     """Checks that all shards have returned the same nest, but for the tensors' values.
+
+    Args:
+        outputs: the shards'.
+        where: what to call them in an error.
+        joins: whether tensors are to be joined along the first axis, and differ in no other.
 
     Raises:
         TypeError: something that is neither tensor nor plain value is in it.
         ValueError: the shards' nests differ.
     """
-    if all(type(output) is Tensor and _alike(output, outputs[0]) for output in outputs):
+    one = outputs[0]
+    if all(type(o) is Tensor and _alike(o, one, joins) for o in outputs):
         return
     first = list(leaves_of(outputs[0]))
     for path, leaf in first:
@@ -302,7 +327,7 @@ def check_alike(outputs: Sequence[Nest], where: str) -> None:
     for output in outputs[1:]:
         others = list(leaves_of(output))
         for (path, mine), (other_path, other) in zip(first, others, strict=False):
-            if path != other_path or not _alike(mine, other):
+            if path != other_path or not _alike(mine, other, joins):
                 raise ValueError(
                     f"{where} differs between shards: {path or 'it'} is {_describe(mine)} in one, "
                     f"{other_path or 'it'} is {_describe(other)} in another. Return values that "
@@ -314,9 +339,11 @@ def check_alike(outputs: Sequence[Nest], where: str) -> None:
             )
 
 
-def _alike(mine: Any, other: Any) -> bool:
+def _alike(mine: Any, other: Any, joins: bool = False) -> bool:
     if isinstance(mine, Tensor) or isinstance(other, Tensor):
-        return type(mine) is type(other) and mine.ndim == other.ndim and mine.dtype == other.dtype
+        if type(mine) is not type(other) or mine.ndim != other.ndim or mine.dtype != other.dtype:
+            return False
+        return not joins or mine.is_nested or mine.shape[1:] == other.shape[1:]  # nested: refused
     return bool(mine is other or mine == other)
 
 

@@ -3,31 +3,34 @@
 Nothing in a module says that its forward takes a mean over the batch, or sums a loss over rows, and
 shards would then give something else than the whole batch, in silence. So some calls, the 1st, 2nd,
 4th, 8th and so on, are made on the whole batch as well, on a copy that is thrown away, without
-gradients; and what the shards have given is compared with that.
+gradients; and what the shards have given is compared with that. Where random numbers are drawn,
+which are others in shards, such a call is made in evaluation mode instead, where most models draw
+none, on the whole batch and on shards, all of them thrown away.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from wraploop.processes.channel import PeerError
 
-from .batch import Nest, leaves_of
+from .batch import Nest, is_shared, leaves_of
 from .call import Call, Edit
 from .internals import global_hooks, same_values
 from .noise import kept_random_state
 from .observers import Keepsakes
 from .outputs import ATOMS, PUT, Ran
 from .replicas import Replicas, alias
-from .shard import current, note, unsplit
+from .shard import Shard, current, note, running, unsplit
 from .tree import Place, buffers_of
 
 
@@ -40,6 +43,7 @@ class Expected(NamedTuple):
         changes: what it leaves in buffers and attributes.
         spread: how far `outputs` are apart if inputs are by a rounding error.
         precision: of the numbers that it has been computed with.
+        drew: whether it has drawn random numbers, so that values of tensors say nothing.
     """
 
     outputs: dict[str, Any]
@@ -47,6 +51,7 @@ class Expected(NamedTuple):
     changes: dict[Place, Any]
     spread: Callable[[], dict[str, Tensor]]
     precision: float
+    drew: bool = False
 
     def check(self, call: Call, output: Nest, edits: dict[int, Edit], ran: Ran) -> None:
         """Compares what the shards have given.
@@ -63,19 +68,31 @@ class Expected(NamedTuple):
         for name, (whole, mine) in self.parameters.items():
             if not self._is_close(mine, whole, 0.0):
                 raise NotImplementedError(_WRITTEN.format(name))
-        for name, mine in _named(call, output, edits).items():
-            whole = self.outputs.get(name)
-            self._check_plain(name, mine, whole)
-            # A network that makes much of a rounding error makes much of the order of sums.
-            if not self._is_close(mine, whole, 0.0) and not self._is_close(
-                mine, whole, _MANY * self.spread().get(name, 0.0)
-            ):
-                raise ValueError(_COUPLED.format(name))
+        self.check_outputs(_named(call, output, edits))
         for holder, name in self.changes.keys() & ran.changes.keys():
             mine, whole = _kept(holder.of, name), self.changes[holder, name]
             name = f"{name!r} of {type(holder.of).__name__}"
             self._check_plain(name, mine, whole)
             if not self._is_close(mine, whole, 0.0):
+                raise ValueError(_COUPLED.format(name))
+
+    def _check_shape(self, name: str, mine: Any, whole: Any) -> None:
+        shapes = [tuple(x.shape) for x in (mine, whole) if isinstance(x, Tensor) and x.ndim]
+        if len(shapes) == 2 and shapes[0][:1] != shapes[1][:1]:
+            raise ValueError(_NO_ROWS.format(name, shapes[1], shapes[0]))
+        if len(shapes) == 2 and shapes[0] != shapes[1]:
+            raise ValueError(_COUPLED.format(name))
+
+    def check_outputs(self, outputs: dict[str, Any]) -> None:
+        """Compares `outputs` alone."""
+        for name, mine in outputs.items():
+            whole = self.outputs.get(name)
+            self._check_plain(name, mine, whole)
+            self._check_shape(name, mine, whole)
+            # A network that makes much of a rounding error makes much of the order of sums.
+            if not self._is_close(mine, whole, 0.0) and not self._is_close(
+                mine, whole, _MANY * self.spread().get(name, 0.0)
+            ):
                 raise ValueError(_COUPLED.format(name))
 
     def _check_plain(self, name: str, mine: Nest, whole: Nest) -> None:
@@ -94,7 +111,7 @@ class Expected(NamedTuple):
 
     def _is_close(self, mine: Any, whole: Any, more: Tensor | float) -> bool:
         """Whether tensors are the same, to the precision and, absolutely, to `more`."""
-        if not (isinstance(mine, Tensor) and isinstance(whole, Tensor)):
+        if self.drew or not (isinstance(mine, Tensor) and isinstance(whole, Tensor)):
             return True
         if mine.shape != whole.shape or not (whole.is_floating_point() or whole.is_complex()):
             return True  # told apart elsewhere; or rounded, whose neighbours are far
@@ -131,8 +148,17 @@ class Probe:
         self._module = module
         self._calls: Counter[tuple[str, bool]] = Counter()
 
-    def expect(self, call: Call) -> Expected | None:
-        """What `call` should give; None where that is not to be looked at, or cannot be."""
+    def expect(self, call: Call, parts: Sequence[slice]) -> Expected | None:
+        """What `call` should give; None where that is not to be looked at, or cannot be.
+
+        Args:
+            call: what will be called.
+            parts: the rows of each shard.
+
+        Raises:
+            ValueError: it draws random numbers, and gives something else in shards where it does
+                not.
+        """
         kind = (call.method, self._module.training)
         self._calls[kind] += 1
         count = self._calls[kind]
@@ -143,17 +169,33 @@ class Probe:
                 output, changes, parameters = self._made(call, _clone(call.inputs))
             except Exception:  # the shards' run will say what is wrong, or it needs gradients
                 return None
-        if noise.drew:  # what is no tensor is the same in all shards, and so depends on no noise
-            output = {name: leaf for name, leaf in output.items() if not isinstance(leaf, Tensor)}
-            changes = {place: v for place, v in changes.items() if not isinstance(v, Tensor)}
-            parameters = {}
+        if noise.drew:
+            self._check_in_evaluation(call, parts)
         spread = partial(self._spread, call)
-        return Expected(output, parameters, changes, spread, _precision(output))
+        return Expected(output, parameters, changes, spread, _precision(output), noise.drew)
 
-    def _spread(self, call: Call) -> dict[str, Tensor]:
+    def _check_in_evaluation(self, call: Call, parts: Sequence[slice]) -> None:
+        with kept_random_state() as noise, torch.no_grad(), unsplit():
+            try:
+                whole, *_ = self._made(call, _clone(call.inputs), evaluates=True)
+                shards = [
+                    self._made(call, _clone(_own(call.inputs, part)), _Alone(), evaluates=True)[0]
+                    for part in parts
+                ]
+            except Exception:  # another way of running than in training, or together with others
+                return
+        if not noise.drew:
+            spread = partial(self._spread, call, evaluates=True)
+            together = _together(shards, [part.stop - part.start for part in parts])
+            try:
+                Expected(whole, {}, {}, spread, _precision(whole)).check_outputs(together)
+            except ValueError as error:
+                raise ValueError(f"{error} {_IN_EVALUATION}") from None
+
+    def _spread(self, call: Call, evaluates: bool = False) -> dict[str, Tensor]:
         with kept_random_state(), torch.no_grad(), unsplit():
-            here, *_ = self._made(call, _clone(call.inputs))
-            near, *_ = self._made(call, list(map(_nearby, call.inputs)))
+            here, *_ = self._made(call, _clone(call.inputs), evaluates=evaluates)
+            near, *_ = self._made(call, list(map(_nearby, call.inputs)), evaluates=evaluates)
         off = {
             name: (here[name] - near[name]).abs().reshape(-1)
             for name in here.keys() & near.keys()
@@ -163,14 +205,17 @@ class Probe:
         return {name: o.where(o.isfinite(), 0.0).max() for name, o in off.items()}
 
     def _made(
-        self, call: Call, inputs: list[Tensor]
+        self, call: Call, inputs: list[Tensor], shard: Shard | None = None, evaluates: bool = False
     ) -> tuple[dict[str, Any], dict[Place, Any], dict[str, tuple[Tensor, Tensor]]]:
         """What `call` returns, leaves, and writes to parameters, on a copy of the module."""
-        replicas = Replicas(self._module, False, _clones, alone=False, observes=True)
+        replicas = Replicas(self._module, shard is not None, _clones, alone=False, observes=True)
         tree, (replica,) = replicas.get([None])
+        if evaluates:
+            replica.module.eval()
         keepsakes = Keepsakes(replica.hooks)
         try:
-            output, edits = call.on_shard(replica.module, inputs)
+            with running(shard):
+                output, edits = call.on_shard(replica.module, inputs)
         finally:
             keepsakes.restore()
         left = {place: change.value for place, change in replica.changes().items()}
@@ -182,6 +227,37 @@ class Probe:
             if id(p) in names and not same_values(leaf, p)
         }
         return _named(call, output, edits), left, written
+
+
+class _Alone(Shard):
+    """A shard without the others: what needs them is not made."""
+
+    rows = 1
+
+    def total(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def everyones(self, rows: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+def _own(inputs: list[Tensor], part: slice) -> list[Tensor]:
+    return [tensor if is_shared(tensor) else tensor[part] for tensor in inputs]
+
+
+def _together(shards: list[dict[str, Any]], sizes: list[int]) -> dict[str, Tensor]:
+    """The tensors in shards' outputs that can be put together, whole."""
+    found = {}
+    for name in shards[0]:
+        parts: list[Any] = [shard.get(name) for shard in shards]
+        if not all(isinstance(part, Tensor) for part in parts):
+            continue
+        pairs = list(zip(parts, sizes, strict=True))
+        if all(part.ndim and len(part) == size for part, size in pairs):
+            found[name] = torch.cat(parts)
+        elif all(part.ndim == 0 and part.is_floating_point() for part in parts):
+            found[name] = sum(part * (size / sum(sizes)) for part, size in pairs)
+    return found
 
 
 def _kept(holder: Any, name: str) -> object:
@@ -240,8 +316,11 @@ _MANY = 100.0
 _WRITTEN = (
     "The forward writes to the parameter {!r}, and in shards it has become something else than on "
     "the whole batch: every shard writes to it, and by what it has of the batch. Write to it in "
-    "the step, outside of the forward, or keep it as a buffer."
+    "the step, outside of the forward, or keep it as a buffer; if the forward does it once, when "
+    "first called, call the model once before wrapping it."
 )
+
+_IN_EVALUATION = "(This was seen in evaluation mode, where it draws no random numbers.)"
 
 _IN_SHARDS = (
     "The whole batch has run without it. The first axis of every tensor that goes in has to count "
@@ -252,6 +331,12 @@ _IN_SHARDS = (
 _COUNTED = (
     "In shards, {} is {}, and {} on the whole batch: it depends on how many rows there are. Return "
     "or keep it as a tensor with one row for each row of the batch, or have the caller count them."
+)
+
+_NO_ROWS = (
+    "{} has shape {} on the whole batch and {} put together from the shards, where its first axis "
+    "is as long as theirs by chance: it does not count the batch's rows. Return it with one row "
+    "for each row of the batch."
 )
 
 _COUPLED = (

@@ -71,18 +71,19 @@ class RankRunner:
 
     def run(self, call: Call, rows: int) -> Nest:
         """Makes `call`, whose batch has `rows` rows: this rank's shard of it."""
-        counts = [part.stop - part.start for part in split(rows, self.channel.world_size)]
+        shards = split(rows, self.channel.world_size)
+        counts = [shard.stop - shard.start for shard in shards]
         rank = Rank(self.channel, counts, f"{self._name}.{call.method}")
         try:
-            return self._run(call, rank, rows)
+            return self._run(call, rank, rows, shards)
         except BaseException as error:
             self._replicas.forget()
             rank.tell(error, f"{rank.rows} of {rows} rows")
             raise
 
-    def _run(self, call: Call, rank: Rank, total: int) -> Nest:
+    def _run(self, call: Call, rank: Rank, total: int, shards: list[slice]) -> Nest:
         self._same.begin(self.channel)
-        expected = self._probe.expect(call) if self._probe else None
+        expected = self._probe.expect(call, shards) if self._probe else None
 
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = call.inputs
@@ -206,7 +207,9 @@ class RankRunner:
         values = {place[1]: plain_values(change.value) for place, change in ran.changes.items()}
         values |= {f"argument {i}": plain_values(edit) for i, edit in ran.edits.items()}
         left = f", having set {values}" if any(values.values()) else ""
-        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}"
+        plain = plain_values(ran.output)
+        beside = f", and returned {plain}" if plain else ""
+        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}{beside}"
 
 
 def _numbers_in(call: Call) -> list[float]:

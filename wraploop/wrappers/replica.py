@@ -395,6 +395,7 @@ _LEAKED = (
 
 _BYPASSED = (
     "The module's forward reaches a parameter ({}) by a way that a copy of the module does not "
-    "follow (a global, a proxy or an object without `__dict__` that holds the module), so its "
-    "gradient would be wrong. Reach it through attributes of the module, or what they hold."
+    "follow (a global, a proxy or an object without `__dict__` that holds the module, or a module "
+    "of TorchScript), so its gradient would be wrong. Reach it through attributes of the module, "
+    "or what they hold, and do not script it."
 )
