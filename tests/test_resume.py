@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CyclicLR
 from torch.utils.data import (
     ConcatDataset,
     DataLoader,
@@ -144,7 +145,7 @@ class Stateful:
         return {"at": self.at, "epoch": self.epoch}
 
     def load_state_dict(self, state):
-        self.at, self.epoch = state["at"], state["epoch"]
+        self.at, self.epoch = state.pop("at"), state.pop("epoch")  # which is its own
 
 
 class Lazy:
@@ -736,6 +737,22 @@ def test_a_fit_that_was_stopped_early_is_over(tmp_path):
     again.callbacks.remove(EarlyStopping)
     again.fit(epochs + 2, resume=newest(tmp_path))  # told to go on
     assert again.history[TrainingPhase].epochs == epochs + 2
+
+
+def test_a_scheduler_that_takes_its_state_apart_goes_on(tmp_path):
+    def make_cyclic(folder, *more):
+        cyclic = partial(CyclicLR, base_lr=1e-3, max_lr=1e-2, cycle_momentum=False)
+        one = make(tmp_path / folder, *more, loader=LOADERS["shuffled"])
+        one.callbacks.replace(TorchScheduler(cyclic, each=StepEnd))
+        return one
+
+    through = make_cyclic("through")
+    through.fit(2)
+    with pytest.raises(Killed):
+        make_cyclic("killed", KillAfter(3)).fit(2)
+    resumed = make_cyclic("killed")
+    resumed.fit(2, resume="auto")
+    assert_same(states(resumed), states(through))
 
 
 def test_the_one_before_a_damaged_checkpoint_is_used(tmp_path):

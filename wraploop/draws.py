@@ -88,7 +88,8 @@ _OLD_NUMPYS = _Kind(
     lambda each, state: each.set_state(state),
 )
 _STATEFUL = _Kind(
-    lambda each: copy.deepcopy(each.state_dict()), lambda each, state: each.load_state_dict(state)
+    lambda each: copy.deepcopy(each.state_dict()),
+    lambda each, state: each.load_state_dict(copy.deepcopy(state)),
 )
 _EPOCHS = _Kind(lambda each: each.epoch, lambda each, state: each.set_epoch(state))
 

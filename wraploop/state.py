@@ -11,6 +11,7 @@ processes    a list, by rank: the random state, and that of the data
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,8 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
         _put_optimizer(optimizer, state["optimizers"][name]["state"])
     for name, callback in _callbacks(learner).items():
         if name in state["callbacks"]:
-            callback.load_state_dict(state["callbacks"][name])
+            # some take their state apart, as torch's CyclicLR, and a resumption puts it twice
+            callback.load_state_dict(copy.deepcopy(state["callbacks"][name]))
         else:
             callback.attach(learner)
     are_alike = processes.draw_alike()
