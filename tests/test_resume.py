@@ -3,6 +3,7 @@
 import io
 import random
 import re
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from wraploop import shard, wrap
 from wraploop.callback import Callback, on
 from wraploop.callbacks.average import EMA
 from wraploop.callbacks.checkpoints import Checkpoints
+from wraploop.callbacks.criteria import NumberLimit
 from wraploop.callbacks.early_stopping import EarlyStopping
 from wraploop.callbacks.gradients import AccumulateGradients, ClipGradients
 from wraploop.callbacks.history import History
@@ -737,6 +739,25 @@ def test_a_fit_that_was_stopped_early_is_over(tmp_path):
     again.callbacks.remove(EarlyStopping)
     again.fit(epochs + 2, resume=newest(tmp_path))  # told to go on
     assert again.history[TrainingPhase].epochs == epochs + 2
+
+
+def test_a_fit_that_is_killed_as_it_stops_is_over_and_the_next_begins_anew(tmp_path):
+    def run(folder, kept=""):
+        if kept:
+            shutil.copytree(tmp_path / "through" / kept, tmp_path / folder / kept)
+        one = learner(
+            *(History(), Metrics(), EarlyStopping(NumberLimit(2))),
+            Checkpoints(tmp_path / folder, every_steps=1, keep_latest=100),
+            data=(LOADERS["shuffled"](), LOADERS["shuffled"]()),
+        )
+        one.fit(9, resume="auto")
+        one.fit(9, resume="auto")
+        return one
+
+    through = run("through")
+    assert through.history[TrainingPhase].epochs == 4
+    for saved in sorted((tmp_path / "through").iterdir()):
+        assert_same(states(run(saved.name, saved.name)), states(through))
 
 
 def test_a_scheduler_that_takes_its_state_apart_goes_on(tmp_path):

@@ -279,13 +279,13 @@ class Callbacks:
                     call(learner)
                 except Cancel as error:
                     error.source = error.source or callback.unwrapped
-                    cancel = graver(cancel, error)
-                    event.is_cancelling = True
+                    event.cancel = cancel = graver(cancel, error)
             if cancel is not None:
                 raise _in_place(cancel, learner)
         finally:
             learner.event = outer
-            del cancel  # its traceback holds this frame
+            event.cancel = None  # its traceback holds this frame
+            del cancel
 
     def __iter__(self) -> Iterator[Callback]:
         return iter(self._ordered)

@@ -28,7 +28,12 @@ class Event:
     """
 
     end: ClassVar[type[Event] | None] = None
-    is_cancelling = False  # a callback has cancelled at it, which acts when all have been called
+    cancel: Cancel | None = None  # a callback's, which acts when all have been called
+
+    @property
+    def is_cancelling(self) -> bool:
+        """Whether a callback has cancelled at it."""
+        return self.cancel is not None
 
 
 class FitEnd(Event):

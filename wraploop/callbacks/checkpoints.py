@@ -17,7 +17,7 @@ from wraploop.callback import Callback, on
 from wraploop.callbacks.leaving import EXIT_STATUS, Leaving
 from wraploop.callbacks.watched import Watched
 from wraploop.checkpoint import Writer, check_replaced, copied, steps_of
-from wraploop.events import EpochEnd, FitBegin, FitEnd, StepEnd
+from wraploop.events import CancelFit, EpochEnd, FitBegin, FitEnd, StepEnd
 from wraploop.phases import AbstractTrainingPhase, Phase
 
 if TYPE_CHECKING:
@@ -156,6 +156,7 @@ class Checkpoints(Callback):
         """Saves, if it is time, and removes what is no longer kept."""
         if not self.watched.is_due(learner):
             return
+        _note_stop(learner)
         epoch = learner.history[learner.phase].epochs
         if epoch % self.every_epochs:
             return
@@ -252,6 +253,13 @@ def _is_in_fits_own_epoch(learner: Learner) -> bool:
     """Whether the epoch is not one that a callback runs within a fit: a position knows none."""
     position = learner.position
     return position is None or position.running in (None, learner.running)
+
+
+def _note_stop(learner: Learner) -> None:
+    """Has what is saved as an epoch ends say that a callback stops the fit with it."""
+    position, cancel = learner.position, learner.event and learner.event.cancel
+    if position and position.running is learner.running and isinstance(cancel, CancelFit):
+        position.stopped = cancel.reason
 
 
 def _is_cut(position: Position) -> bool:

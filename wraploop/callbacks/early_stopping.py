@@ -87,12 +87,17 @@ class EarlyStopping(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"criterion": self.criterion.state_dict(), "seen": self.watched.seen}
+        return {
+            "criterion": self.criterion.state_dict(),
+            "seen": self.watched.seen,
+            "has_stopped": self._has_stopped,
+        }
 
     @override
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.criterion.load_state_dict(state["criterion"])
         self.watched.seen = state["seen"]
+        self._has_stopped = state.get("has_stopped", False)  # checkpoints before had none
 
     def __repr__(self) -> str:
         return f"EarlyStopping({self.criterion!r}, metric={self.watched.metric!r})"
