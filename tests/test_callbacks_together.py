@@ -10,18 +10,20 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
-from wraploop import Learner, TrainingPhase, ValidationPhase, fine_tune
+from wraploop import Learner, StepEnd, TrainingPhase, ValidationPhase, fine_tune
 from wraploop.callbacks import (
     EMA,
     AccumulateGradients,
     Checkpoints,
     ClipGradients,
     EarlyStopping,
+    FunctionCallback,
     History,
     Metrics,
     Scheduler,
     TorchScheduler,
     Traces,
+    throttle,
 )
 from wraploop.callbacks.criteria import GL, NoImprovement
 
@@ -172,6 +174,30 @@ def test_the_best_is_found_in_a_folder_of_another_run(tmp_path):
     again = Checkpoints(tmp_path)
     assert again.best == learner.callbacks.get(Checkpoints).best
     assert again.latest == learner.callbacks.get(Checkpoints).latest
+
+
+def test_callbacks_begin_anew_with_another_learner(tmp_path):
+    told: list[int] = []
+    counted = FunctionCallback(
+        lambda learner: told.append(learner.history[TrainingPhase].steps),
+        StepEnd,
+        reads=("history",),
+    )
+    callbacks = (
+        *(Metrics(), EarlyStopping(2), Scheduler(lr=lambda step: 1e-9 / (1 + step))),
+        throttle(counted, StepEnd, every=2),
+    )
+    kept, rates = Checkpoints(tmp_path), []
+    for fold in ("first", "second"):
+        kept.folder = tmp_path / fold
+        learner = made(*callbacks, kept)
+        told.clear()
+        learner.fit(2)
+        assert learner.stopped is None
+        assert told == [1, 3, 5]
+        assert len(os.listdir(tmp_path / fold)) == len(kept.saved) == 2
+        rates.append(list(learner.hyperparameters["lr"].values))
+    assert rates[0] == rates[1]
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,10 @@ class Checkpoints(Callback):
             leave_within_s, lambda: self._is_saving or self._writer.is_writing()
         )
 
+    @override
+    def attach(self, learner: Learner) -> None:
+        self.saved, self.watched.seen = [], 0
+
     @property
     def latest(self) -> Path | None:
         """The newest checkpoint; of those in the folder if none has been saved here."""

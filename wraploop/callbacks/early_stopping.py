@@ -60,13 +60,17 @@ class EarlyStopping(Callback):
         self.watched, self.sign = Watched(metric, phase), 1 if mode == "min" else -1
         self._fresh, self._has_stopped = copy.deepcopy(self.criterion.state_dict()), False
 
+    @override
+    def attach(self, learner: Learner) -> None:
+        self._begin_anew()
+        self.watched.seen = 0
+
     @on(FitBegin)
     def begin(self, learner: Learner) -> None:
         """Checks that there is something to watch; begins anew after a fit that it has ended."""
         self.watched.check(learner, self)
         if self._has_stopped:
-            self.criterion.load_state_dict(copy.deepcopy(self._fresh))
-        self._has_stopped = False
+            self._begin_anew()
 
     @on(EpochEnd)
     def check(self, learner: Learner) -> None:
@@ -84,6 +88,10 @@ class EarlyStopping(Callback):
         if processes.any(bool(reason)):
             reason, self._has_stopped = reason or "another process says so", True
             raise CancelFit(f"{self.watched.metric} of {learner.phase.name}: {reason}")
+
+    def _begin_anew(self) -> None:
+        self.criterion.load_state_dict(copy.deepcopy(self._fresh))
+        self._has_stopped = False
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -74,6 +74,7 @@ class Scheduler(Callback):
         if unknown:
             kind = type(optimizer).__name__
             raise ValueError(f"{kind} has no hyperparameters {unknown}; there are {there}.")
+        self.count = 0
         self._records = _Records(learner, self.writes)
 
     @override

@@ -73,6 +73,7 @@ class Throttled(Callback):
 
     @override
     def attach(self, learner: Learner) -> None:
+        self._counts, self._passed_s = Counter(), {}
         self.callback.attach(learner)
 
     @override
