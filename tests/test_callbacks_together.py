@@ -213,6 +213,11 @@ def test_callbacks_begin_anew_with_another_learner(tmp_path):
             ValueError,
             "has no metric 'los'",
         ),
+        (
+            lambda: made(Metrics(), EarlyStopping(2), data=(DATA, [])).fit(1),
+            ValueError,
+            "it has none, as no step of it came to its end",
+        ),
         (lambda: made().using(None).__enter__(), TypeError, "an EMA, and got None"),
     ],
 )

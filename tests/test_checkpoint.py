@@ -132,7 +132,7 @@ def test_damage_is_detected_and_the_one_before_used(tmp_path, file, damage):
     if (file, damage) == ("checkpoint.json", "gone"):
         assert newest(tmp_path) == tmp_path / "first"
         return
-    with pytest.warns(UserWarning, match=r"second is not whole.*The one before it is used"):
+    with pytest.warns(UserWarning, match=r"second is not whole.*It is passed over"):
         assert newest(tmp_path) == tmp_path / "first"
     with pytest.raises(NotWhole, match="second is not whole"):
         read(tmp_path / "second")

@@ -804,3 +804,17 @@ def test_what_cannot_go_on_is_an_error(tmp_path):
     fewer = make(tmp_path / "fewer", loader=lambda: DataLoader(SAMPLES, 12, shuffle=True))
     with pytest.raises(ValueError, match="after 3 batches of an epoch, and now there are only 2"):
         fewer.fit(1, resume="auto")
+
+
+def test_a_fit_that_finds_only_damaged_checkpoints_says_that_there_is_none(tmp_path):
+    one = make(tmp_path, loader=LOADERS["shuffled"])
+    one.fit(1)
+    for path in tmp_path.iterdir():
+        (path / "checkpoint.json").write_text("{}")
+    again = make(tmp_path, loader=LOADERS["shuffled"])
+    with (
+        pytest.warns(UserWarning, match=r"KeyError\('files'\)\. It is passed over"),
+        pytest.warns(UserWarning, match="No checkpoint in .* is whole"),
+    ):
+        again.fit(1, resume="auto")
+    assert_same(weights(again.model), weights(one.model))

@@ -150,9 +150,11 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
         try:
             check_whole(path)
         except NotWhole as error:
-            warnings.warn(f"{error} The one before it is used.", stacklevel=2)
+            warnings.warn(f"{error} It is passed over.", stacklevel=2)
         else:
             return path
+    if candidates:
+        warnings.warn(f"No checkpoint in {folder} is whole: there is none to use.", stacklevel=2)
     return None
 
 
@@ -171,7 +173,7 @@ def check_whole(path: Path) -> None:
         files = json.loads((path / _LIST).read_bytes())["files"]
         wrong = [name for name, each in files.items() if _fingerprint(path / name) != each]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise NotWhole(f"The checkpoint {path} is not whole: {error}.") from error
+        raise NotWhole(f"The checkpoint {path} is not whole: {error!r}.") from error
     if wrong:
         raise NotWhole(f"The checkpoint {path} is not whole: {', '.join(wrong)} is damaged.")
 

@@ -69,7 +69,7 @@ class Watched:
         if self.metric not in values:
             raise ValueError(
                 f"{learner.phase.name} has no metric {self.metric!r} in epoch {epoch}; "
-                f"it has {', '.join(values) or 'none'}."
+                f"it has {', '.join(values) or 'none, as no step of it came to its end'}."
             )
         return values[self.metric]
 
