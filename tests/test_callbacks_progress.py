@@ -1,4 +1,5 @@
 import io
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,14 @@ def test_a_step_outside_an_epoch_needs_no_bar():
     one.run_step(TrainingPhase(), BATCH)
     assert seen == [None]
     assert screen.getvalue() == ""
+
+
+def test_a_program_without_output_shows_nothing(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    learner = tests.loop.learner(defaults=True)
+    learner.fit(1)
+    assert learner.history[TrainingPhase].epochs == 1
 
 
 def test_processes_other_than_the_first_show_nothing(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class ProgressBar(Callback):
-    """Shows how far each epoch is, how fast it goes, and the losses; on rank 0.
+    """Shows how far each epoch is, how fast it goes, and the losses; on rank 0, if it has stderr.
 
     Its length is that of the batches that are run over; without one it counts.
 
@@ -38,7 +39,7 @@ class ProgressBar(Callback):
     @on(EpochBegin)
     def open(self, learner: Learner) -> None:
         """Opens a bar, on rank 0."""
-        if processes.is_main_process():
+        if processes.is_main_process() and self.options.get("file", sys.stderr) is not None:
             name = f"{learner.phase.name} {learner.history[learner.phase].epochs + 1}"
             total = _length(learner.running.batches)
             self._bars[learner.running] = tqdm(desc=name, total=total, **self.options)

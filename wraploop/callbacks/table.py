@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from tqdm.auto import tqdm
@@ -57,4 +58,5 @@ class EpochTable(Callback):
     def _print(self, epoch: str, phase: str, cells: list[str]) -> None:
         names = [*self._columns, "seconds"]
         columns = [f"{c:>{max(len(n), _WIDTH)}}" for c, n in zip(cells, names, strict=True)]
-        tqdm.write(f"{epoch:>5}  {phase:<20}" + "  ".join(columns))
+        if sys.stdout is not None:  # as it is where there is none, for `print` too
+            tqdm.write(f"{epoch:>5}  {phase:<20}" + "  ".join(columns))
