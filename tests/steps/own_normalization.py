@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from wraploop import batch_mean
 
 from .normalization import normed, ordinary
-from .registry import mlp, randn, step, update
+from .registry import mine, mlp, randn, step, update
 
 
 class OwnBatchNorm(nn.BatchNorm1d):
@@ -45,9 +45,74 @@ class Functional(nn.BatchNorm1d):
         )
 
 
-@step(net=partial(normed, Functional), refused="couples rows|1 value per channel")
+@step(net=partial(normed, Functional))
 def batchnorm_subclass_that_calls_the_function(m, o, k):
     return ordinary(m, o, k)
+
+
+class WithActivation(nn.BatchNorm2d):
+    """As timm's: a copy of torch's forward, and an activation behind it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, momentum=None)
+        self.act = nn.LeakyReLU()
+
+    def forward(self, x):
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        step = 1.0 / float(self.num_batches_tracked) if self.training else 0.0
+        running = self.running_mean, self.running_var
+        out = F.batch_norm(
+            x, *running, self.weight, self.bias, training=self.training, momentum=step, eps=self.eps
+        )
+        return self.act(out)
+
+
+def images() -> nn.Sequential:
+    layers = nn.Conv2d(2, 4, 3), WithActivation(4), nn.Conv2d(4, 3, 1), nn.Flatten(1)
+    return nn.Sequential(*layers, nn.Linear(12, 2))
+
+
+@step(net=images, local="mean")
+def batchnorm_with_an_activation(m, o, k):
+    update(o.net, m.net(mine(randn(k, 7, 2, 4, 4))).square().mean())
+    m.net.eval()
+    m.net(mine(randn(k, 7, 2, 4, 4)))
+    m.net.train()
+
+
+@step(net=images)
+def batchnorm_with_an_activation_and_gradient_penalty(m, o, k):
+    x = randn(k, 7, 2, 4, 4).requires_grad_()
+    out = m.net(x)
+    (slopes,) = torch.autograd.grad(out.square().mean(), x, create_graph=True)
+    update(o.net, out.square().mean() + slopes.square().mean())
+    return out
+
+
+class Functions(nn.Module):
+    """Batch norms by torch's functions, weights and statistics kept by itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList([torch.randn(4, 3), torch.randn(2, 4)])
+        self.scale = nn.Parameter(torch.ones(4))
+        self.register_buffer("running", torch.stack([torch.zeros(4), torch.ones(4)]))
+
+    def normalise(self, x):
+        mean, variance = self.running
+        return torch.batch_norm(x, self.scale, None, mean, variance, True, 0.2, 1e-5, False)
+
+    def forward(self, x):
+        hidden = self.normalise(x @ self.weights[0].T).relu()
+        return F.batch_norm(hidden @ self.weights[1].T, None, None, training=True)
+
+
+@step(net=Functions)
+def batch_norms_by_functions(m, o, k):
+    out = m.net(randn(k, 7, 3))
+    update(o.net, out[:, 0].sigmoid().mean() + out[:, 1].abs().mean())
+    return out
 
 
 class Interpolated(nn.Module):

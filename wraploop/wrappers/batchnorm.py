@@ -19,7 +19,9 @@ order are those of the formulas, written out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
+from torch.overrides import TorchFunctionMode
 
 from .internals import batch_norm_sums, is_transformed, not_compiled
 from .shard import Shard, current, sum_over_shards
@@ -76,12 +79,22 @@ class _Last:
     shard: Shard | None = None
 
 
-class GlobalBatchNorm(_BatchNorm):
-    """A batch norm that normalises with the statistics of the whole batch."""
+class Global:
+    """A module in which batch norms use the statistics of the whole batch."""
 
     def begin(self) -> None:
         """Makes one ready that was not made by its class."""
         self.__dict__[_LAST] = _Last()
+
+    def shard(self) -> Shard | None:
+        """The shard that this thread runs, or has run when checkpointing repeats a forward."""
+        last: _Last = self.__dict__[_LAST]
+        last.shard = current() or last.shard
+        return last.shard
+
+
+class GlobalBatchNorm(_BatchNorm, Global):
+    """A batch norm that normalises with the statistics of the whole batch."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As `torch.nn.BatchNorm2d` and its like, for the whole batch.
@@ -91,47 +104,110 @@ class GlobalBatchNorm(_BatchNorm):
             NotImplementedError: a transform of torch.func goes over it.
         """
         of_this_batch = self.training or self.running_mean is None
-        last: _Last = self.__dict__[_LAST]
-        shard = current() or last.shard
+        shard = self.shard()
         if shard is None or not of_this_batch:
             return super().forward(input)
-        last.shard = shard
-        transformed = is_transformed()
-        if transformed and not torch.compiler.is_compiling():
-            raise NotImplementedError(_TRANSFORMED)
         self._check_input_dim(input)
-        half = input.dtype in (torch.float16, torch.bfloat16)
-        given = input, self.weight, self.bias
-        x, weight, bias = (t.float() if half and t is not None else t for t in given)
-        whole = _statistics(x, shard)
-        if whole.number == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, got input of shape "
-                f"{tuple(input.shape)} in a batch of one row."
-            )
-        if self.training and self.track_running_stats:
-            self._track(whole)
-        if shard.is_whole:  # not with its buffers: torch's kernel writes to them unseen
-            out = batch_norm(x, None, None, weight, bias, True, 0.0, self.eps)
-        elif transformed:
-            out = _normalised(x, weight, bias, shard, self.eps)
-        else:
-            out = _Normalise.apply(x, weight, bias, shard, self.eps, whole)
-        return out.to(input.dtype) if half else out
-
-    def _track(self, whole: _Statistics) -> None:
-        if self.num_batches_tracked is None or self.running_mean is None:
-            return
+        tracked = self.training and self.track_running_stats
+        if not tracked or self.num_batches_tracked is None or self.running_mean is None:
+            return _of_the_whole(shard, input, None, None, self.weight, self.bias, 0.0, self.eps)
         self.num_batches_tracked.add_(1)
-        if not whole.number:
-            return
         step = self.momentum
         if step is None:
             step = 1.0 / float(self.num_batches_tracked)
+        running = self.running_mean, self.running_var
+        return _of_the_whole(shard, input, *running, self.weight, self.bias, step, self.eps)
+
+
+class _Calls(TorchFunctionMode):
+    """Has calls of torch's function for batch norms use the statistics of the whole batch."""
+
+    def __init__(self, shard: Shard) -> None:
+        super().__init__()
+        self._shard = shard
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = None
+        if func is batch_norm:
+            given = _as_functional(*args, **kwargs or {})
+        elif func is torch.batch_norm:
+            given = _as_operator(*args, **kwargs or {})
+        return func(*args, **kwargs or {}) if given is None else _of_the_whole(self._shard, *given)
+
+
+def _as_functional(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> tuple[Any, ...] | None:
+    """What `torch.nn.functional.batch_norm` is called with; None if statistics are given."""
+    given = input, running_mean, running_var, weight, bias, momentum, eps
+    return given if training else None
+
+
+def _as_operator(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool,
+) -> tuple[Any, ...] | None:
+    """The same for `torch.batch_norm`."""
+    given = input, running_mean, running_var, weight, bias, momentum, eps
+    return given if training else None
+
+
+def _of_the_whole(
+    shard: Shard,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """The batch norm of a shard, with statistics of the whole batch.
+
+    Raises:
+        ValueError: the batch has one value per channel.
+        NotImplementedError: a transform of torch.func goes over it.
+    """
+    transformed = is_transformed()
+    if transformed and not torch.compiler.is_compiling():
+        raise NotImplementedError(_TRANSFORMED)
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    x = input.float() if half else input
+    weight, bias = (t.float() if half and t is not None else t for t in (weight, bias))
+    whole = _statistics(x, shard)
+    if whole.number == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, got input of shape "
+            f"{tuple(input.shape)} in a batch of one row."
+        )
+    if whole.number:
         unbiased = whole.variance * (whole.number / (whole.number - 1))
-        for running, now in ((self.running_mean, whole.mean), (self.running_var, unbiased)):
-            assert running is not None
-            running.mul_(1 - step).add_(now.to(running.dtype), alpha=step)  # as torch, with inf too
+        for running, now in ((running_mean, whole.mean), (running_var, unbiased)):
+            if running is not None:  # as torch, with inf too
+                running.mul_(1 - momentum).add_(now.to(running.dtype), alpha=momentum)
+    if shard.is_whole:  # not with its buffers: torch's kernel writes to them unseen
+        out = batch_norm(x, None, None, weight, bias, True, 0.0, eps)
+    elif transformed:
+        out = _normalised(x, weight, bias, shard, eps)
+    else:
+        out = _Normalise.apply(x, weight, bias, shard, eps, whole)
+    return out.to(input.dtype) if half else out
 
 
 def _axes(x: Tensor) -> list[int]:
@@ -258,9 +334,37 @@ def _sum_of_derivatives(shard: Shard, grad: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def global_class(cls: type[Any]) -> type[Any] | None:
-    """`cls` with statistics of the whole batch, if it is a batch norm; else None."""
-    if not issubclass(cls, _BatchNorm) or issubclass(cls, (SyncBatchNorm, GlobalBatchNorm)):
+    """`cls` with statistics of the whole batch, if it is or calls a batch norm; else None."""
+    if issubclass(cls, (SyncBatchNorm, Global)):
+        return None
+    is_one = issubclass(cls, _BatchNorm)
+    calling = {name: _global_calls(getattr(cls, name)) for name in _methods_calling(cls)}
+    if not (is_one or calling):
         return None
     # Before what `cls` inherits from torch, behind what it defines itself
-    bases: Any = (cls, GlobalBatchNorm)
-    return type(cls.__name__, bases, {"__module__": cls.__module__})
+    bases: Any = (cls, GlobalBatchNorm if is_one else Global)
+    return type(cls.__name__, bases, {"__module__": cls.__module__, **calling})
+
+
+def _methods_calling(cls: type[Any]) -> set[str]:
+    """Which methods of `cls`, but for torch's own, call a function `batch_norm`."""
+    own = [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
+    members = [member for base in own for member in vars(base).items()]
+    return {name for name, f in members if isinstance(f, FunctionType) and _calls(f.__code__)}
+
+
+def _calls(code: CodeType) -> bool:
+    inner = [part for part in code.co_consts if isinstance(part, CodeType)]
+    return batch_norm.__name__ in code.co_names or any(map(_calls, inner))
+
+
+def _global_calls(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of a `Global`, in which those functions use the statistics of the whole batch."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        shard = self.shard()
+        with nullcontext() if shard is None else _Calls(shard):
+            return method(self, *args, **kwargs)
+
+    return run

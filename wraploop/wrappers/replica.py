@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .batchnorm import GlobalBatchNorm, global_class
+from .batchnorm import Global, GlobalBatchNorm, global_class
 from .change import Change, restored, without
 from .copies import Copies
 from .internals import differing, variables_behind, version_of
@@ -205,7 +205,7 @@ class Replica:
             if copied is value and (is_own_container(name, value) or is_plain_object(value)):
                 copied = self._copies.own(value)
             copy.__dict__[name] = copied
-        if isinstance(copy, GlobalBatchNorm):
+        if isinstance(copy, Global):
             copy.begin()
         return copy
 
