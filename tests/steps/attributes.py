@@ -406,3 +406,25 @@ def training_flag_set_by_hand(m, o, k):
     m.net.training = k == 1
     update(o.net, m.net(mine(randn(k, 7, 3))).square().mean())
     return m.net.training, next(m.net.modules()).training
+
+
+class Tables(nn.Module):
+    """Keeps tables, as long as some shard by chance, beside activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.kept = nn.Linear(3, 4), {}
+
+    def forward(self, x):
+        for n in (2, 3, 4):
+            if n not in self.kept:
+                self.kept[n] = torch.arange(1.0, n + 1)
+        self.kept["last"] = out = self.a(x) * self.kept[4] * self.kept[3].sum() * self.kept[2].sum()
+        return out
+
+
+@step(net=Tables)
+def tables_and_activations_in_a_dict(m, o, k):
+    out = m.net(randn(k, 7 - k, 3))
+    update(o.net, out.square().mean() + m.net.kept["last"].abs().mean())
+    return m.net.kept

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .batch import map_tensors
+from .batch import map_tensors, tensors_of
 
 
 class Held:
@@ -42,7 +44,7 @@ class Change(NamedTuple):
         is_buffer: whether it is a buffer, or a tensor written to in place: not batched.
         is_in_place: whether it was written to in place.
         is_agreed: whether it is the same in every shard.
-        is_rows: whether it has a row for each row of the batch.
+        have_rows: for each tensor in it, whether that has a row for each row of the batch.
     """
 
     value: Any
@@ -50,12 +52,21 @@ class Change(NamedTuple):
     is_buffer: bool = False
     is_in_place: bool = False
     is_agreed: bool = False
-    is_rows: bool = False
+    have_rows: tuple[bool, ...] = ()
 
-    def may_be_rows(self, rows: int, total: int) -> bool:
-        """Whether it may have a row for each of the shard's `rows`, of `total` of the batch."""
+    @property
+    def is_rows(self) -> bool:
+        """Whether it is a tensor with a row for each row of the batch."""
+        return isinstance(self.value, Tensor) and any(self.have_rows)
+
+    def known(self) -> Iterator[bool]:
+        """`have_rows`, or that none has where nobody has said so."""
+        return chain(self.have_rows, repeat(False))
+
+    def may_have_rows(self, rows: int, total: int) -> list[bool]:
+        """For each tensor whether it may have one for each of a shard's `rows`, of `total`."""
         value, before = self.value, self.before
-        if self.is_buffer or not isinstance(value, Tensor) or value.ndim == 0:
-            return False
-        kept_shape = isinstance(before, Tensor) and before.shape == value.shape
-        return len(value) == rows and (self.is_rows or not kept_shape or len(value) == total)
+        kept_shape = isinstance(value, Tensor) and isinstance(before, Tensor)
+        kept_shape = kept_shape and before.shape == value.shape
+        may = not self.is_buffer and (self.is_rows or not kept_shape or value.shape[:1] == (total,))
+        return [may and leaf.shape[:1] == (rows,) for leaf in tensors_of(value)]

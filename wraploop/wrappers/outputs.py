@@ -127,12 +127,10 @@ class Ran(NamedTuple):
                 move = move_out(leaf, rows, f"The output{path} of {call.method!r}")
                 yield leaf * weight if move == "sum" else leaf, move
         for change in self.changes.values():
-            for leaf in tensors_of(change.value):
+            for leaf, has_rows in zip(tensors_of(change.value), change.known(), strict=False):
                 if change.is_agreed:
                     yield leaf, "first"
-                elif change.is_rows or (
-                    change.value is not leaf and leaf.ndim and len(leaf) == rows
-                ):
+                elif has_rows:
                     yield leaf, "gather"
                 elif not (leaf.is_floating_point() or leaf.is_complex()):
                     yield leaf, "first"
@@ -205,11 +203,8 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     ]
     for place in places:
         _check_same_values(place, [mine.changes[place].value for mine in ran])
-    rows = {
-        place
-        for place in places
-        if all(r.changes[place].may_be_rows(n, sum(sizes)) for r, n in zip(ran, sizes, strict=True))
-        and depend_on_rows([signature(r.changes[place].value) for r in ran], seen)
+    have_rows = {
+        place: _have_rows([mine.changes[place] for mine in ran], sizes, seen) for place in places
     }
     written = sorted({i for mine in ran for i in mine.inputs})
     apart = {
@@ -221,13 +216,25 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     return [
         Ran(
             mine.output,
-            {p: mine.changes[p]._replace(is_rows=p in rows) for p in places},
+            {p: mine.changes[p]._replace(have_rows=have_rows[p]) for p in places},
             {i: inputs[i] for i in written},
             [each._replace(is_apart=i in apart) for i, each in enumerate(mine.observed)],
             mine.edits,
         )
         for mine, inputs in zip(ran, taken, strict=True)
     ]
+
+
+def _have_rows(
+    changes: list[Change], sizes: list[int], inputs: list[list[float]]
+) -> tuple[bool, ...]:
+    """Which tensors in what the shards have set an attribute to have a row for each row."""
+    maybe = [c.may_have_rows(n, sum(sizes)) for c, n in zip(changes, sizes, strict=True)]
+    leaves = zip(*(tensors_of(change.value) for change in changes), strict=True)
+    return tuple(
+        all(may) and depend_on_rows([*map(signature, shards)], inputs)
+        for may, shards in zip(zip(*maybe, strict=True), leaves, strict=True)
+    )
 
 
 def signature(tensor: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import zlib
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
 from .at_step import AtStep, ReduceAt
-from .batch import Nest, shared, split
+from .batch import Nest, shared, split, tensors_of
 from .border import Move
 from .call import Call
 from .change import Change
@@ -153,24 +154,31 @@ class RankRunner:
         self, changes: dict[Place, Change], taken: list[Tensor], rank: Rank, total: int
     ) -> dict[Place, Change]:
         """`changes`, with what has rows on every rank marked as such."""
-        if not any(isinstance(c.value, Tensor) and not c.is_buffer for c in changes.values()):
+        loud = [change for change in changes.values() if not change.is_buffer]
+        if not any(tensors_of(change.value) for change in loud):
             return changes
-        maybe = [change.may_be_rows(rank.size, total) for change in changes.values()]
-        pairs = zip(changes.values(), maybe, strict=True)
-        values = [signature(change.value) if may else math.nan for change, may in pairs]
+        maybe = [may for change in loud for may in change.may_have_rows(rank.size, total)]
+        leaves = [leaf for change in loud for leaf in tensors_of(change.value)]
+        pairs = zip(leaves, maybe, strict=True)
+        values = [signature(leaf) if may else math.nan for leaf, may in pairs]
         mine = torch.tensor([*maybe, *values, *map(signature, taken)], dtype=torch.float64)
         said = self.channel.exchange("look at attributes", pack(mine))
         if any(len(packed) != 8 * len(mine) for packed in said):
             raise ValueError("The forward has set other attributes on other processes.")
         every = [unpack(packed, mine.shape, mine).tolist() for packed in said]
-        n = len(changes)
+        n = len(leaves)
         inputs = [numbers[2 * n :] for numbers in every]
-        found = {}
-        for i, (place, change) in enumerate(changes.items()):
-            is_rows = all(numbers[i] for numbers in every)
-            is_rows = is_rows and depend_on_rows([numbers[n + i] for numbers in every], inputs)
-            found[place] = change._replace(is_rows=is_rows)
-        return found
+        have_rows = (
+            all(numbers[i] for numbers in every)
+            and depend_on_rows([numbers[n + i] for numbers in every], inputs)
+            for i in range(n)
+        )
+        return {
+            place: change
+            if change.is_buffer
+            else change._replace(have_rows=tuple(islice(have_rows, len(tensors_of(change.value)))))
+            for place, change in changes.items()
+        }
 
     def _joined(self, observed: list[Observation], rows: int) -> list[Observation]:
         """`observed`, with what some rank's part does not join marked as such."""

@@ -259,7 +259,7 @@ class Replica:
                     value = without(list(value) if isinstance(value, deque) else value, held)
                     is_rows = place in self._carried and place in self.rows
                     self._is_changed = True
-                    found[place] = Change(value, first, is_buffer, is_rows=is_rows)
+                    found[place] = Change(value, first, is_buffer, have_rows=(is_rows,))
         return found
 
     def as_it_is(self, places: Iterable[Place]) -> dict[Place, Change]:
