@@ -415,3 +415,45 @@ def test_what_is_set_on_an_input_comes_with_it(wrap):
     x = torch.randn(6, 3)
     x.is_doubled = True  # type: ignore
     torch.testing.assert_close(wrap(copy.deepcopy(model))(x), model(x))
+
+
+class Tokens(nn.Module):
+    """A masked language model that computes its loss, over the tokens that are not left out."""
+
+    def __init__(self, drop):
+        super().__init__()
+        self.body = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 16), nn.Dropout(drop))
+        self.last = nn.Linear(16, 50)
+
+    def forward(self, tokens, labels):
+        return nn.functional.cross_entropy(self.last(self.body(tokens)).mT, labels)
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.1])
+def test_a_loss_that_is_off_by_a_ten_thousandth_is_seen_in_float32_and_beside_noise(
+    wrap_in_lanes, drop
+):
+    torch.manual_seed(1)
+    tokens = torch.randint(0, 50, (16, 32))
+    labels = tokens.where(torch.rand(16, 32) < 0.15, -100)
+    plain = Tokens(drop).eval()
+    each = nn.functional.cross_entropy(
+        plain.last(plain.body(tokens)).mT, labels, reduction="none"
+    ).chunk(2)
+    counts = [labels.ne(-100).sum() for labels in labels.chunk(2)]
+    apart = sum(half.sum() / count for half, count in zip(each, counts, strict=True)) / 2
+    assert 1e-5 < (apart / plain(tokens, labels) - 1).abs() < 1e-3
+    with pytest.raises(ValueError, match="couples rows"):
+        wrap_in_lanes(plain.train())(tokens, labels)
+
+
+def test_a_network_that_makes_much_of_rounding_errors_is_not_taken_for_one_that_couples(
+    wrap_in_lanes,
+):
+    torch.manual_seed(0)
+    blocks = [(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()) for _ in range(60)]
+    plain = nn.Sequential(nn.Embedding(50, 32), *(layer for block in blocks for layer in block))
+    tokens = torch.randint(0, 50, (40,))
+    model = wrap_in_lanes(copy.deepcopy(plain))
+    off = (plain(tokens) - model(tokens)).abs().max() / plain(tokens).abs().max()
+    assert off > 5e-3  # by that much a coupling is looked for, but for what rounding does

@@ -13,6 +13,7 @@ from .replica import Replica
 from .tree import Place, Tree, current_tree
 
 _MOST_SETS = 4
+MakeLeaves = Callable[[list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]]
 
 
 class Replicas:
@@ -35,9 +36,7 @@ class Replicas:
         self,
         original: nn.Module,
         sync: bool,
-        make_leaves: Callable[
-            [list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]
-        ],
+        make_leaves: MakeLeaves,
         *,
         alone: bool,
         observes: bool,
