@@ -420,6 +420,12 @@ def test_any_number_of_phases_make_an_epoch():
     assert steps == {"TrainingPhase": 32, "ValidationPhase": 4, "Second": 6}
 
 
+def test_a_phase_without_batches_says_so():
+    learner = Learner(nn.Linear(1, 1), nn.L1Loss(), optimizer=SGD, data=[])
+    with pytest.warns(UserWarning, match="no batches for TrainingPhase, which made no step"):
+        learner.fit(1)
+
+
 def test_a_used_up_iterator_is_an_error():
     one = learner()
     with pytest.raises(ValueError, match="batches of TrainingPhase are an iterator that is used"):

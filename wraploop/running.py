@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -102,6 +103,12 @@ class Epoch:
             raise ValueError(
                 f"The batches of {self.phase.name} are an iterator that is used up. "
                 "Give something that starts afresh every epoch: a DataLoader, or a list."
+            )
+        if not self.taken:
+            warnings.warn(
+                f"There are no batches for {self.phase.name}, which made no step. If a DataLoader "
+                "drops the last batch, it may have had no whole one.",
+                stacklevel=2,
             )
 
     def give_back(self) -> None:

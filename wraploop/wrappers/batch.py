@@ -20,6 +20,7 @@ from torch import Tensor
 from .objects import attributes_of, is_object, with_attributes
 
 _PLAIN = (type, bool, int, float, str, bytes, type(None))  # no containers, in less time
+_LEAVES = (Tensor, *_PLAIN)
 _MOST = 20_000  # things that an object leads to: with more, it is something to work with
 
 Nest = Any  # a tensor, or a container of nests; see the module's docstring
@@ -101,7 +102,7 @@ def _walk(value: object, above: tuple[int, ...]) -> Iterator[object]:
     """All that `value` leads to; RecursionError if that is itself, too."""
     if id(value) in above:
         raise RecursionError
-    if isinstance(value, (Tensor, *_PLAIN)):
+    if isinstance(value, _LEAVES):
         yield value
         return
     parts = _parts(value)
@@ -197,7 +198,7 @@ def changeable_in(nest: Nest) -> list[Nest]:
     """The containers in `nest` that somebody may put something into, in order."""
     found = []
     for child in _held(nest):
-        if isinstance(child, (Tensor, *_PLAIN)) or _children(child) is None:
+        if isinstance(child, _LEAVES) or _children(child) is None:
             continue
         if not isinstance(child, tuple) and _has_table(child):
             found.append(child)
@@ -253,7 +254,7 @@ def _check_lists(nest: Nest, rows: int | None) -> None:
 
 
 def _holds_lists(nest: Nest) -> bool:
-    inner = [child for child in _held(nest) if not isinstance(child, (Tensor, *_PLAIN))]
+    inner = [child for child in _held(nest) if not isinstance(child, _LEAVES)]
     return any(isinstance(child, list) or _holds_lists(child) for child in inner)
 
 
