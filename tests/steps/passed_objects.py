@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 from torch import distributions, nn
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal, kl_divergence
@@ -172,6 +175,74 @@ def containers_that_the_forward_writes_to(m, o, k):
     return list(batch), list(batch["nested"]), trace[0], len(trace), kept, len(state.last) == len(x)
 
 
+class Cache:
+    """What is kept of earlier steps in time: nothing at first."""
+
+    def __init__(self):
+        self.layers, self.calls = [], 0
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+
+    def forward(self, x, cache):
+        cache.calls += 1
+        cache.layers.append(self.body(x).tanh())
+        return torch.stack(cache.layers, 1).sum(1)
+
+
+@step(net=Recurrent, local="mean")
+def objects_that_are_empty_before_their_first_use(m, o, k):
+    cache, x = Cache(), mine(randn(k, 7, 3))
+    outs = [m.net(x * (i + 1), cache) for i in range(3)]
+    update(o.net, sum(out.square().mean() for out in outs) + cache.layers[0].mean())
+    return cache.calls, len(cache.layers), len(cache.layers[2]) == len(x)
+
+
+class Twice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+
+    def forward(self, x, first, *, second):
+        first.append(self.body(x))
+        second.append(first[0].tanh())
+        return second[-1] * len(first)
+
+
+@step(net=Twice, local="mean")
+def one_list_in_two_places(m, o, k):
+    trace = []
+    out = m.net(mine(randn(k, 7, 3)), trace, second=trace)
+    update(o.net, out.square().mean() + sum(part.mean() for part in trace))
+    return len(trace)
+
+
+class Slotted:
+    __slots__ = ("__dict__", "mean")
+
+    def __init__(self, mean, scale):
+        self.mean, self.scale = mean, scale
+
+
+class Slots(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+
+    def forward(self, given):
+        return Slotted(self.body(given.mean), self.body(given.scale).exp())
+
+
+@step(net=Slots, local="mean")
+def objects_with_slots(m, o, k):
+    out = m.net(Slotted(*mine(randn(k, 7, 3), randn(k + 1, 7, 3))))
+    update(o.net, out.mean.square().mean() + out.scale.mean())
+    return out.mean.shape == out.scale.shape
+
+
 class Counts(nn.Module):
     def __init__(self, drop=0.0, keeps=False):
         super().__init__()
@@ -199,3 +270,49 @@ def a_number_of_rows_is_returned_beside_noise(m, o, k):
 @step(net=lambda: Counts(keeps=True), refused="shard")
 def a_number_of_rows_is_kept(m, o, k):
     return m.net(randn(k, 12, 3)).sum() / m.net.rows
+
+
+@dataclass
+class Reading:
+    value: object
+    weight: object = None
+
+
+@dataclass(slots=True)
+class Tight:
+    value: object
+    result: object = None
+
+
+class Pair(tuple):
+    """A tuple that is made of two things, not of a list of them."""
+
+    def __new__(cls, one, two):
+        return super().__new__(cls, (one, two))
+
+
+class Named(NamedTuple("Named", [("one", object), ("note", str)])):
+    def __new__(cls, one):
+        return super().__new__(cls, one, "note")
+
+
+class Unusual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+
+    def forward(self, pair, slotted):
+        out = self.a(pair[0] * pair[1])
+        slotted.result = out.tanh()
+        reading = Reading(out)
+        reading.aside = out * 2  # no field
+        return reading, Pair(out, out + 1), Named(out)
+
+
+@step(net=Unusual, local="mean")
+def classes_with_constructors_and_attributes_of_their_own(m, o, k):
+    pair, slotted = Pair(*mine(randn(k, 7, 3), randn(k + 1, 7, 1))), Tight(mine(randn(k, 7, 2)))
+    reading, outs, named = m.net(pair, slotted)
+    terms = reading.value, reading.aside, *outs, named.one, slotted.result
+    update(o.net, sum(term.square().mean() for term in terms))
+    return type(outs) is Pair, named.note, len(slotted.result) == len(reading.aside)

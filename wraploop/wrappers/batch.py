@@ -11,13 +11,15 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from enum import Enum
 from itertools import islice
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .objects import attributes_of, is_object, with_attributes
+from .objects import Attributes, attributes_of, is_object, with_attributes
+from .tree import is_plain_object
 
 _PLAIN = (type, bool, int, float, str, bytes, type(None))  # no containers, in less time
 _LEAVES = (Tensor, *_PLAIN)
@@ -76,7 +78,7 @@ def _children(nest: Nest) -> list[tuple[str, Nest]] | None:
 def _parts(nest: Nest) -> list[tuple[str, Nest]] | None:
     """The same for what is made to contain something."""
     if dataclasses.is_dataclass(nest):
-        return [(f".{f.name}", getattr(nest, f.name)) for f in dataclasses.fields(nest)]
+        return _attributes(nest)
     if isinstance(nest, Mapping):
         return [(f"[{key!r}]", value) for key, value in nest.items()]
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
@@ -98,6 +100,28 @@ def _leads_to_tensors(value: object) -> bool:
     return any(found) and len(found) < _MOST
 
 
+def _is_blank(value: object) -> bool:
+    """Whether `value` is an object of plain data alone, as a cache is before its first use."""
+    if not is_plain_object(value) or isinstance(value, Enum):
+        return False
+    try:
+        found = [*islice(_walk(value, ()), _MOST)]
+    except RecursionError:
+        return False
+    return len(found) < _MOST and all(map(_is_plain_data, found))
+
+
+def _is_plain_data(value: object) -> bool:
+    known = (*_PLAIN, torch.dtype, torch.device, Mapping, tuple, list)
+    return isinstance(value, known) or is_object(value)
+
+
+def _changeable_children(nest: Nest) -> list[tuple[str, Nest]] | None:
+    """As `_children`, of objects too in which no tensor stands yet."""
+    children = _children(nest)
+    return _attributes(nest) if children is None and _is_blank(nest) else children
+
+
 def _walk(value: object, above: tuple[int, ...]) -> Iterator[object]:
     """All that `value` leads to; RecursionError if that is itself, too."""
     if id(value) in above:
@@ -116,11 +140,10 @@ def _walk(value: object, above: tuple[int, ...]) -> Iterator[object]:
 def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
     """A container like `nest` that holds `values` instead."""
     if dataclasses.is_dataclass(nest):
-        new = copy.copy(nest)
-        for field, value in zip(dataclasses.fields(nest), values, strict=True):
-            object.__setattr__(new, field.name, value)
-            if isinstance(new, dict) and field.name in new:  # transformers' ModelOutput is both
-                dict.__setitem__(new, field.name, value)
+        new = with_attributes(nest, values)
+        if isinstance(new, dict):  # transformers' ModelOutput is both
+            for name in new:
+                dict.__setitem__(new, name, getattr(new, name))
         return new
     if isinstance(nest, dict):
         new = copy.copy(nest)
@@ -128,10 +151,17 @@ def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
         return new
     if isinstance(nest, Mapping):
         return type(nest)(dict(zip(nest, values, strict=True)))  # pyright: ignore[reportCallIssue]
-    if hasattr(nest, "_fields"):
-        return type(nest)(*values)
-    if isinstance(nest, (tuple, list)):
-        return type(nest)(values)
+    if hasattr(nest, "_make"):
+        return nest._make(values)
+    if isinstance(nest, list):
+        new = copy.copy(nest)
+        new[:] = values
+        return new
+    if isinstance(nest, tuple):
+        try:  # not by a constructor of the user's, which may take something else
+            return tuple.__new__(type(nest), values)
+        except TypeError:  # a class written in C, as torch's are
+            return type(nest)(values)
     return with_attributes(nest, values)
 
 
@@ -182,25 +212,27 @@ def _replaced(nest: Nest, tensors: Iterator[Tensor | None]) -> Nest:
 
 def renewed(nest: Nest, tensors: Sequence[Tensor]) -> Nest:
     """The same, with all containers new: whoever changes one changes no other's."""
-    return _renewed(nest, iter(tensors))
+    return _renewed(nest, iter(tensors), {})
 
 
-def _renewed(nest: Nest, tensors: Iterator[Tensor]) -> Nest:
+def _renewed(nest: Nest, tensors: Iterator[Tensor], made: dict[int, Nest]) -> Nest:
     if isinstance(nest, Tensor):
         return next(tensors)
-    children = _children(nest)
+    children = _changeable_children(nest)
     if children is None:
         return nest
-    return _rebuild(nest, [_renewed(child, tensors) for _, child in children])
+    new = _rebuild(nest, [_renewed(child, tensors, made) for _, child in children])
+    return made.setdefault(id(nest), new)  # one that stands in two places is one
 
 
 def changeable_in(nest: Nest) -> list[Nest]:
     """The containers in `nest` that somebody may put something into, in order."""
     found = []
-    for child in _held(nest):
-        if isinstance(child, _LEAVES) or _children(child) is None:
+    for _, child in _changeable_children(nest) or ():
+        if isinstance(child, _LEAVES) or _changeable_children(child) is None:
             continue
-        if not isinstance(child, tuple) and _has_table(child):
+        is_fixed = isinstance(child, Mapping) and not isinstance(child, MutableMapping)
+        if not (is_fixed or isinstance(child, tuple)):
             found.append(child)
         found += changeable_in(child)
     return found
@@ -208,11 +240,7 @@ def changeable_in(nest: Nest) -> list[Nest]:
 
 def table_of(container: Nest) -> list[Nest] | MutableMapping[Any, Nest]:
     """What a container of `changeable_in` keeps its contents in."""
-    return container if isinstance(container, (list, MutableMapping)) else vars(container)
-
-
-def _has_table(container: Nest) -> bool:
-    return isinstance(container, (list, MutableMapping)) or hasattr(container, "__dict__")
+    return container if isinstance(container, (list, MutableMapping)) else Attributes(container)
 
 
 def rows_of(nest: Nest) -> int | None:

@@ -80,7 +80,8 @@ class Call:
 
 
 def _containers(arguments: Nest) -> list[Nest]:
-    return [container for part in arguments for container in changeable_in(part)]
+    found = [container for part in arguments for container in changeable_in(part)]
+    return list({id(container): container for container in found}.values())
 
 
 def _contents(container: Nest) -> dict[Any, Nest]:

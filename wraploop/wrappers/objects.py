@@ -7,8 +7,10 @@ and put together again, with other tensors in it.
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
+from types import MemberDescriptorType
 from typing import Any
 
 import torch
@@ -29,7 +31,8 @@ def is_object(value: Any) -> bool:
 def attributes_of(value: Any) -> dict[str, Any]:
     """The attributes of `value`, but for what follows from the others."""
     if not isinstance(value, (Distribution, Transform)):
-        return dict(vars(value))
+        slots = {name: getattr(value, name) for name in _slots(type(value)) if hasattr(value, name)}
+        return getattr(value, "__dict__", {}) | slots
     prefixed = [name for name in vars(value) if name.startswith(_UNBROADCASTED)]
     broadcasted = {name: getattr(value, name.removeprefix(_UNBROADCASTED)) for name in prefixed}
     return {
@@ -39,11 +42,47 @@ def attributes_of(value: Any) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def _slots(cls: type[Any]) -> list[str]:
+    """The attributes that objects of `cls` keep outside of `__dict__`."""
+    members = {name: member for base in cls.__mro__ for name, member in vars(base).items()}
+    slots = [n for n, member in members.items() if isinstance(member, MemberDescriptorType)]
+    return [name for name in slots if name != "__dict__"]
+
+
+class Attributes(MutableMapping[str, Any]):
+    """The attributes of an object, as a dict of them.
+
+    Args:
+        value: the object.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __getitem__(self, name: str) -> Any:
+        return attributes_of(self._value)[name]
+
+    def __setitem__(self, name: str, part: Any) -> None:
+        object.__setattr__(self._value, name, part)  # which no class forbids
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self._value, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(attributes_of(self._value))
+
+    def __len__(self) -> int:
+        return len(attributes_of(self._value))
+
+
 def with_attributes(value: Any, parts: Sequence[Any]) -> Any:
     """An object like `value` whose `attributes_of` are `parts`."""
     before = attributes_of(value)
     new = copy.copy(value)
-    vars(new).update(zip(before, parts, strict=True))
+    table = Attributes(new)
+    for name, part in zip(before, parts, strict=True):
+        table[name] = part
     if isinstance(value, Distribution) and value.batch_shape:
         rows = _rows_now(value.batch_shape[0], [*before.values()], parts)
         vars(new)[_BATCH_SHAPE] = torch.Size([rows, *value.batch_shape[1:]])

@@ -10,7 +10,6 @@ none, on the whole batch and on shards, all of them thrown away.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -113,7 +112,7 @@ class Probe:
                 )
                 for key, near in (*outputs.items(), *changes.items()):
                     apart, before = distance(near, here.get(key)), found.get(key)
-                    if apart and apart.most < math.inf:
+                    if apart:
                         found[key] = Distance(*map(max, apart, before)) if before else apart
         return found
 
@@ -184,9 +183,10 @@ def _clone(inputs: list[Tensor]) -> list[Tensor]:
 
 
 class _Rounding:
-    """Rounding errors, others for each `number`."""
+    """Rounding errors, others for each `number`; for 0 all are upwards, as none make up for."""
 
     def __init__(self, number: int) -> None:
+        self._lowest = 0 if number else 1
         self._generator = torch.Generator().manual_seed(number)
 
     def near(self, tensor: Tensor) -> Tensor:
@@ -194,8 +194,8 @@ class _Rounding:
         tensor = tensor.detach()
         if not tensor.is_floating_point() or tensor.layout is not torch.strided:
             return tensor.clone()
-        signs = torch.randint(0, 2, tensor.shape, generator=self._generator).to(tensor.device)
-        return tensor * (1 + (4 * signs - 2).to(tensor) * torch.finfo(tensor.dtype).eps)
+        up = torch.randint(self._lowest, 2, tensor.shape, generator=self._generator)
+        return tensor * (1 + (4 * up - 2).to(tensor) * torch.finfo(tensor.dtype).eps)
 
     def leaves(
         self, parameters: list[Tensor], device: torch.device | None
