@@ -126,6 +126,18 @@ def main() -> None:
         loss = model(rows).square().sum()
         torch.autograd.grad(loss, [*model.parameters()], create_graph=RANK == 1)
 
+    def average_statistics() -> None:
+        """Of batch norms that normalise apart, with two forwards before a backward."""
+        norm = nn.BatchNorm1d(3)
+        for options in ({"batch": "local"}, {}):
+            apart = DistributedModel(norm, sync_batchnorm=False, timeout_s=3, **options)
+            for _ in range(2):
+                rows = torch.randn(6, 3) + (RANK if options else 0)
+                (apart(rows) * apart(2 * rows)).sum().backward()
+                assert norm.running_mean is not None
+                every = processes.sum(norm.running_mean.double().sum().item())
+                assert abs(every / 2 - norm.running_mean.double().sum().item()) < 1e-6
+
     deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     deep_local = DistributedModel(deep, batch="local", timeout_s=3)
 
@@ -159,6 +171,7 @@ def main() -> None:
         attempt(name, fault)
         attempt(f"after {name}", lambda: model(x).sum().backward())
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
+    attempt("statistics apart", average_statistics)
     apart = DistributedModel(nn.Linear(3, 1), process_group=dist.new_group(), timeout_s=3)
     attempt("no coming", lambda: apart(x) if RANK == 0 else time.sleep(5))
     attempt("no adding up", lambda: (time.sleep(3 * RANK), processes.sum(1.0)))

@@ -67,6 +67,10 @@ def test_a_fault_is_an_error_on_every_rank_at_once_and_the_next_step_is_right(go
                 assert got[after][rank][1] == "nothing", (after, rank)
 
 
+def test_running_statistics_are_the_same_where_batch_norms_normalise_apart(got):
+    assert [text for _, text in got["statistics apart"].values()] == ["nothing"] * 2
+
+
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(got):
     seconds, text = got["no coming"][0]
     assert re.search(r"Rank 0 has waited 3.*rank 1 did not come; it is at .*faults.py:\d+", text)

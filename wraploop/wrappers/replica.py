@@ -175,9 +175,17 @@ class Replica:
     def _take_over(self) -> None:
         for parameter, leaf in self._elsewhere:
             leaf.data.copy_(parameter)
-        for i, copy in self._other_values().items():
+        others = self._other_values()
+        uncounted = self._statistics() if others else ()  # as torch's batch norm writes them
+        for i, copy in others.items():
+            copy = copy.data if id(copy) in uncounted else copy
             copy.copy_(self._tree.buffers[i])  # alone: an earlier forward's graph may hold the copy
         self._before = self._versions()
+
+    def _statistics(self) -> set[int]:
+        """Which buffers are batch norms'."""
+        norms = [copy for module, copy in self._modules if global_class(type(module))]
+        return {id(buffer) for norm in norms for buffer in buffers_of(norm).values()}
 
     def _other_values(self) -> dict[int, Tensor]:
         """By number, the copies of buffers whose values are not the buffers'.

@@ -96,8 +96,12 @@ class Replicas:
         return replica
 
     def _kept_buffers(self) -> set[int]:
-        """Buffers that need no copy: batch norms', where there is only one replica."""
-        norms = [m for m in self._original.modules() if self._alone and global_class(type(m))]
+        """Buffers that need no copy: batch norms' that are agreed on, where one replica is alone.
+
+        Of others' only a copy tells that they were written to.
+        """
+        are_kept = self._alone and self._sync
+        norms = [m for m in self._original.modules() if are_kept and global_class(type(m))]
         return {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
 
 
