@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -129,10 +129,11 @@ def main() -> None:
     def average_statistics() -> None:
         """Of batch norms that normalise apart, with two forwards before a backward."""
         norm = nn.BatchNorm1d(3)
-        for options in ({"batch": "local"}, {}):
-            apart = DistributedModel(norm, sync_batchnorm=False, timeout_s=3, **options)
+        batches: list[Literal["local", "global"]] = ["local", "global"]
+        for batch in batches:
+            apart = DistributedModel(norm, batch=batch, sync_batchnorm=False, timeout_s=3)
             for _ in range(2):
-                rows = torch.randn(6, 3) + (RANK if options else 0)
+                rows = torch.randn(6, 3) + (RANK if batch == "local" else 0)
                 (apart(rows) * apart(2 * rows)).sum().backward()
                 assert norm.running_mean is not None
                 every = processes.sum(norm.running_mean.double().sum().item())

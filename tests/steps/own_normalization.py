@@ -98,12 +98,14 @@ class Functions(nn.Module):
         self.weights = nn.ParameterList([torch.randn(4, 3), torch.randn(2, 4)])
         self.scale = nn.Parameter(torch.ones(4))
         self.register_buffer("running", torch.stack([torch.zeros(4), torch.ones(4)]))
+        self.register_buffer("size", torch.ones(()))
 
     def normalise(self, x):
         mean, variance = self.running
         return torch.batch_norm(x, self.scale, None, mean, variance, True, 0.2, 1e-5, False)
 
     def forward(self, x):
+        self.size.mul_(0.9).add_(x.abs().mean(), alpha=0.1)
         hidden = self.normalise(x @ self.weights[0].T).relu()
         return F.batch_norm(hidden @ self.weights[1].T, None, None, training=True)
 

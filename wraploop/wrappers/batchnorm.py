@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import Function
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm
@@ -36,6 +36,7 @@ from .internals import batch_norm_sums, is_transformed, not_compiled
 from .shard import Shard, current, sum_over_shards
 
 _LAST = "_wraploop_last"
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 _TRANSFORMED = (
     "A transform of torch.func, or forward-mode differentiation, goes over a batch norm inside a "
     "wrapped module, where what the other shards have cannot be transformed. Transform a call of "
@@ -330,6 +331,14 @@ def _sum_of_derivatives(shard: Shard, grad: np.ndarray) -> np.ndarray:
     weight = shard.loss_weight
     own = weight * (grad if weight else np.nan_to_num(grad))
     return shard.everyones(own[None]).sum(0) / (weight or 1.0)
+
+
+def statistics_of(module: nn.Module) -> dict[str, Tensor]:
+    """The running statistics of `module`, by name, if it is a batch norm."""
+    if not isinstance(module, _BatchNorm):
+        return {}
+    found = {name: module._buffers.get(name) for name in _STATISTICS}
+    return {name: buffer for name, buffer in found.items() if buffer is not None}
 
 
 @functools.cache

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .batchnorm import Global, GlobalBatchNorm, global_class
+from .batchnorm import Global, GlobalBatchNorm, global_class, statistics_of
 from .change import Change, restored, without
 from .copies import Copies
 from .internals import differing, variables_behind, version_of
@@ -176,16 +176,12 @@ class Replica:
         for parameter, leaf in self._elsewhere:
             leaf.data.copy_(parameter)
         others = self._other_values()
-        uncounted = self._statistics() if others else ()  # as torch's batch norm writes them
+        norms = [copy for _, copy in self._modules] if others else []
+        uncounted = {id(part) for norm in norms for part in statistics_of(norm).values()}
         for i, copy in others.items():
-            copy = copy.data if id(copy) in uncounted else copy
+            copy = copy.data if id(copy) in uncounted else copy  # as torch's batch norm writes
             copy.copy_(self._tree.buffers[i])  # alone: an earlier forward's graph may hold the copy
         self._before = self._versions()
-
-    def _statistics(self) -> set[int]:
-        """Which buffers are batch norms'."""
-        norms = [copy for module, copy in self._modules if global_class(type(module))]
-        return {id(buffer) for norm in norms for buffer in buffers_of(norm).values()}
 
     def _other_values(self) -> dict[int, Tensor]:
         """By number, the copies of buffers whose values are not the buffers'.
@@ -376,10 +372,10 @@ def _not_of(
 
 
 def _written_to(module: Any, copy: Any, written: set[int]) -> Iterator[tuple[Place, Change]]:
-    is_agreed = isinstance(copy, GlobalBatchNorm)
+    agreed = statistics_of(copy) if isinstance(copy, GlobalBatchNorm) else {}
     for name, tensor in (*buffers_of(copy).items(), *copy.__dict__.items()):
         if id(tensor) in written:
-            change = Change(tensor, is_buffer=True, is_in_place=True, is_agreed=is_agreed)
+            change = Change(tensor, is_buffer=True, is_in_place=True, is_agreed=name in agreed)
             yield (Ref(module), name), change
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .batchnorm import global_class
+from .batchnorm import global_class, statistics_of
 from .recent import keep
 from .replica import Replica
 from .tree import Place, Tree, current_tree
@@ -102,7 +102,7 @@ class Replicas:
         """
         are_kept = self._alone and self._sync
         norms = [m for m in self._original.modules() if are_kept and global_class(type(m))]
-        return {id(buffer) for norm in norms for buffer in norm.buffers(recurse=False)}
+        return {id(buffer) for norm in norms for buffer in statistics_of(norm).values()}
 
 
 def alias(parameter: Tensor, device: torch.device | None) -> nn.Parameter:
