@@ -213,17 +213,21 @@ def test_callbacks_begin_anew_with_another_learner(tmp_path):
             ValueError,
             "has no metric 'los'",
         ),
-        (
-            lambda: made(Metrics(), EarlyStopping(2), data=(DATA, [])).fit(1),
-            ValueError,
-            "it has none, as no step of it came to its end",
-        ),
         (lambda: made().using(None).__enter__(), TypeError, "an EMA, and got None"),
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+def test_a_phase_without_batches_is_said_to_have_no_metrics():
+    learner = made(Metrics(), EarlyStopping(2), data=(DATA, []))
+    with (
+        pytest.warns(UserWarning, match="no batches for ValidationPhase"),
+        pytest.raises(ValueError, match="it has none, as no step of it came to its end"),
+    ):
+        learner.fit(1)
 
 
 def test_averages_that_have_joined_no_learner_are_not_used():
