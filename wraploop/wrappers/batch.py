@@ -23,6 +23,7 @@ from .tree import is_plain_object
 
 _PLAIN = (type, bool, int, float, str, bytes, type(None))  # no containers, in less time
 _LEAVES = (Tensor, *_PLAIN)
+_DATA = (*_PLAIN, torch.dtype, torch.device, Mapping, tuple, list)
 _MOST = 20_000  # things that an object leads to: with more, it is something to work with
 
 Nest = Any  # a tensor, or a container of nests; see the module's docstring
@@ -93,27 +94,24 @@ def _attributes(value: object) -> list[tuple[str, Nest]]:
 
 
 def _leads_to_tensors(value: object) -> bool:
-    try:
-        found = [isinstance(leaf, Tensor) for leaf in islice(_walk(value, ()), _MOST)]
-    except RecursionError:
-        return False
-    return any(found) and len(found) < _MOST
+    return any(isinstance(each, Tensor) for each in _within(value) or ())
 
 
 def _is_blank(value: object) -> bool:
     """Whether `value` is an object of plain data alone, as a cache is before its first use."""
     if not is_plain_object(value) or isinstance(value, Enum):
         return False
+    found = _within(value)
+    return found is not None and all(isinstance(x, _DATA) or is_object(x) for x in found)
+
+
+def _within(value: object) -> list[object] | None:
+    """All that `value` leads to; None if that is itself, too, or very much."""
     try:
         found = [*islice(_walk(value, ()), _MOST)]
     except RecursionError:
-        return False
-    return len(found) < _MOST and all(map(_is_plain_data, found))
-
-
-def _is_plain_data(value: object) -> bool:
-    known = (*_PLAIN, torch.dtype, torch.device, Mapping, tuple, list)
-    return isinstance(value, known) or is_object(value)
+        return None
+    return found if len(found) < _MOST else None
 
 
 def _changeable_children(nest: Nest) -> list[tuple[str, Nest]] | None:
@@ -123,7 +121,7 @@ def _changeable_children(nest: Nest) -> list[tuple[str, Nest]] | None:
 
 
 def _walk(value: object, above: tuple[int, ...]) -> Iterator[object]:
-    """All that `value` leads to; RecursionError if that is itself, too."""
+    """As `_within`, however much; RecursionError for what leads to itself."""
     if id(value) in above:
         raise RecursionError
     if isinstance(value, _LEAVES):
@@ -226,16 +224,13 @@ def _renewed(nest: Nest, tensors: Iterator[Tensor], made: dict[int, Nest]) -> Ne
 
 
 def changeable_in(nest: Nest) -> list[Nest]:
-    """The containers in `nest` that somebody may put something into, in order."""
-    found = []
-    for _, child in _changeable_children(nest) or ():
-        if isinstance(child, _LEAVES) or _changeable_children(child) is None:
-            continue
-        is_fixed = isinstance(child, Mapping) and not isinstance(child, MutableMapping)
-        if not (is_fixed or isinstance(child, tuple)):
-            found.append(child)
-        found += changeable_in(child)
-    return found
+    """`nest` and the containers in it, but for those that nobody puts anything into, in order."""
+    children = None if isinstance(nest, _LEAVES) else _changeable_children(nest)
+    if children is None:
+        return []
+    inside = [container for _, child in children for container in changeable_in(child)]
+    is_fixed = isinstance(nest, Mapping) and not isinstance(nest, MutableMapping)
+    return inside if is_fixed or isinstance(nest, tuple) else [nest, *inside]
 
 
 def table_of(container: Nest) -> list[Nest] | MutableMapping[Any, Nest]:

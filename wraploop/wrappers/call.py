@@ -80,7 +80,8 @@ class Call:
 
 
 def _containers(arguments: Nest) -> list[Nest]:
-    found = [container for part in arguments for container in changeable_in(part)]
+    args, kwargs = arguments  # `kwargs` itself the forward never sees
+    found = changeable_in((*args, *kwargs.values()))
     return list({id(container): container for container in found}.values())
 
 

@@ -148,7 +148,6 @@ class LaneRunner:
         crossing.on_written = replicas[0].hand_back_recomputed
         wholes = crossing.come_out(outs[0])
         output, edits = ran[0].whole(call, replicas[0], wholes, group.sizes[0])
-        call.hand_back(edits)
         for replica in replicas:
             replica.settle()
         if expected and self._probe:

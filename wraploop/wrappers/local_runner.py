@@ -131,8 +131,7 @@ class LocalRunner:
         if rank.rows == 0:
             wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
         self._average_buffers(rank, ran, wholes)
-        output, edits = ran.whole(call, replica, wholes, rank.size)
-        call.hand_back(edits)
+        output, _ = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
         return output
 

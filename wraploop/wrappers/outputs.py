@@ -154,7 +154,7 @@ class Ran(NamedTuple):
     def whole(
         self, call: Call, replica: Replica, wholes: Sequence[Tensor | None], rows: int
     ) -> tuple[Nest, dict[int, Edit]]:
-        """The output and `edits` of the whole batch, once everything else has been handed back.
+        """The output and `edits` of the whole batch, once everything has been handed back.
 
         Args:
             call: what was called.
@@ -172,6 +172,7 @@ class Ran(NamedTuple):
             originals[i].copy_(value)
         for each, whole in zip(self.observed, seen, strict=True):
             each.repeat(whole, rows)
+        call.hand_back(edits)
         return output, edits
 
 
