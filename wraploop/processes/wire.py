@@ -123,9 +123,13 @@ class Wire:
         """
         kind = SUM + model % SUMS
         with self._collective(timeout_s) as until_s:
-            if places := self._places(kind, flat, until_s):
-                self._sum_in_place(kind, flat, places, until_s)
-                return
+            try:
+                if places := self._places(kind, flat, until_s):
+                    self._sum_in_place(kind, flat, places, until_s)
+                    return
+            except BaseException:
+                self._given_up.append(flat)
+                raise
             size = max(1, _PIECE // flat.element_size())
             other = flat.new_empty(min(size, len(flat)) // self.world_size + 1)
             for piece in flat.split(size):
@@ -151,18 +155,14 @@ class Wire:
             at = places[rank] + piece.data_ptr() - flat.data_ptr()
             return self.neighbours[rank].part(at, piece)
 
-        try:
-            for piece in _pieces(runs[self.rank]):
-                for rank in self.neighbours:
-                    piece += theirs(piece, rank)
-            self._gather(kind, [], until_s)
+        for piece in _pieces(runs[self.rank]):
             for rank in self.neighbours:
-                for piece in _pieces(runs[rank]):
-                    piece.copy_(theirs(piece, rank))
-            self._gather(kind, [], until_s)  # from here on each may write to its own
-        except BaseException:
-            self._given_up.append(flat)
-            raise
+                piece += theirs(piece, rank)
+        self._gather(kind, [], until_s)
+        for rank in self.neighbours:
+            for piece in _pieces(runs[rank]):
+                piece.copy_(theirs(piece, rank))
+        self._gather(kind, [], until_s)  # from here on each may write to its own
 
     def _sum_piece(self, kind: int, piece: Tensor, other: Tensor, until_s: float) -> None:
         n, r = self.world_size, self.rank
