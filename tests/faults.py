@@ -12,6 +12,8 @@ from torch import nn
 from wraploop import DistributedModel, processes
 
 RANK = int(os.environ.get("RANK", 0))
+if RANK == 1:
+    os.environ["ATEN_CPU_CAPABILITY"] = "default"  # as if its processor were another one
 
 
 class Flagged(nn.Module):
@@ -58,7 +60,7 @@ def attempt(name: str, run: Callable[[], Any]) -> None:
 def main() -> None:
     norm = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     model = DistributedModel(norm, timeout_s=3)
-    x = torch.randn(6, 3)
+    x = torch.rand(6, 3)
 
     def change_a_whole_one() -> None:
         for _ in range(2):  # of the values before the first call rank 0's are meant
@@ -94,6 +96,7 @@ def main() -> None:
     counting = DistributedModel(Returning(lambda x: (x, len(x))), timeout_s=3)
     sparse = DistributedModel(Returning(torch.Tensor.to_sparse), timeout_s=3)
     late = DistributedModel(nn.Linear(3, 1), timeout_s=3)
+    large = DistributedModel(nn.Linear(2000, 3), timeout_s=3)
     local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
 
     def draw_the_same() -> None:
@@ -114,6 +117,36 @@ def main() -> None:
             with torch.no_grad():
                 for parameter in local.parameters():
                     parameter.sub_(RANK)
+
+    def leave_a_step_out() -> None:
+        model = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
+        sgd = torch.optim.SGD(model.parameters(), lr=1e-5)  # changes the fifth digit
+        for k in range(3):
+            sgd.zero_grad()
+            model(x + RANK).mean().backward()
+            if k + RANK != 1:
+                sgd.step()
+
+    def change_one_row() -> None:
+        for k in range(40):  # six thousand numbers, of which each turn looks at others
+            large(torch.ones(6, 2000))
+            if k == 1:
+                with torch.no_grad():
+                    large.weight[1].mul_(1 + 1e-4 * RANK)
+
+    def train_on_other_processors() -> None:
+        assert torch.backends.cpu.get_cpu_capability() == "DEFAULT" or RANK == 0
+        for dtype in (torch.bfloat16, torch.float32):
+            net = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 1)).to(dtype)
+            model = DistributedModel(net, timeout_s=3)
+            adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+            for k in range(200):
+                adam.zero_grad()
+                model((x + k % 7).to(dtype)).square().mean().backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                adam.step()
+        sums = processes.gather(sum(float(p.double().sum()) for p in net.parameters()))
+        assert len(set(sums)) == 2, sums
 
     def freeze_on_one(model: nn.Module, layer: nn.Module, rows: torch.Tensor) -> None:
         layer.requires_grad_(RANK == 0)
@@ -161,6 +194,8 @@ def main() -> None:
         "another parameter": change_on_one,
         "another parameter, whole batch": change_a_whole_one,
         "another parameter, between looks": change_between_looks,
+        "a step left out": leave_a_step_out,
+        "another row": change_one_row,
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
         "another of two models": lambda: twins[RANK](x + RANK),
@@ -173,6 +208,7 @@ def main() -> None:
         attempt(f"after {name}", lambda: model(x).sum().backward())
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
     attempt("statistics apart", average_statistics)
+    attempt("other processors", train_on_other_processors)
     apart = DistributedModel(nn.Linear(3, 1), process_group=dist.new_group(), timeout_s=3)
     attempt("no coming", lambda: apart(x) if RANK == 0 else time.sleep(5))
     attempt("no adding up", lambda: (time.sleep(3 * RANK), processes.sum(1.0)))

@@ -67,10 +67,9 @@ class Channel:
         self.rank = self._collectives.rank
         self.world_size = self._collectives.world_size
         self._of = group or dist.group.WORLD
-        self._facts: list[tuple[str, float]] = []
+        self._facts: list[Fact] = []
         self._speaks_by: Wire | Collectives | None = None
         self._watch = watch()
-        self._advice: dict[str, str] = {}
         self._timeout_s = _TIMEOUT_S if timeout_s is None else timeout_s
         self._model = model
         self._whose = f", model {model}" if model > 1 else ""
@@ -79,16 +78,24 @@ class Channel:
         """Whether its process group still is the one that there is."""
         return dist.is_initialized() and self._of is (self._collectives.group or dist.group.WORLD)
 
-    def agree(self, what: str, facts: list[float], advice: str) -> None:
+    def agree(
+        self,
+        what: str,
+        facts: list[float],
+        advice: str,
+        rel_tol: float = 1e-4,
+        abs_tol: float = 1e-12,
+    ) -> None:
         """Has the next exchange check that `facts`, see `fingerprint`, are alike on all ranks.
 
         Args:
             what: what the facts are about.
             facts: numbers.
             advice: what to do if they are not, for the error.
+            rel_tol: how far apart they may be, as in `math.isclose`.
+            abs_tol: the same.
         """
-        self._facts += [(what, fact) for fact in facts]
-        self._advice[what] = advice
+        self._facts += [Fact(what, fact, advice, rel_tol, abs_tol) for fact in facts]
 
     def exchange(self, doing: str, *payload: Tensor | bytes) -> list[Tensor]:
         """Every rank's `payload`, in the order of ranks.
@@ -107,19 +114,17 @@ class Channel:
     def gather(self, doing: str, *payload: Tensor | bytes) -> list[memoryview]:
         """As `exchange`; it arrives as bytes."""
         doing += self._whose
-        text, whats, facts = doing, [], []
-        if self._facts:
-            whats, facts = zip(*self._facts, strict=True)
-            self._facts = []
-            text = f"{doing}, with the {', '.join(dict.fromkeys(whats))}"
+        text, facts, self._facts = doing, self._facts, []
+        if facts:
+            text = f"{doing}, with the {', '.join(dict.fromkeys(fact.what for fact in facts))}"
         if self._watch:
             self._watch.doing = text
-        own = Frame(text, facts).packed()
+        own = Frame(text, [fact.number for fact in facts]).packed()
         parts = [own, *(p if isinstance(p, bytes) else view_of(p) for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
         for message in everyone:
             if message[: len(own)] != own:
-                self._check([Frame.unpacked(message) for message in everyone], whats)
+                self._check([Frame.unpacked(message) for message in everyone], facts)
         return [message[len(own) :] for message in everyone]
 
     def sum(self, flat: Tensor) -> Tensor:
@@ -164,7 +169,7 @@ class Channel:
             self._speaks_by = _wires[self._of] or self._collectives
         return self._speaks_by
 
-    def _check(self, frames: list[Frame], whats: Sequence[str]) -> None:
+    def _check(self, frames: list[Frame], facts: list[Fact]) -> None:
         for rank, frame in enumerate(frames):
             if frame.failed:
                 raise PeerError(
@@ -179,10 +184,10 @@ class Channel:
                 "threads run at once each need a process group of their own."
             )
         for rank, frame in enumerate(frames):
-            for what, mine, theirs in zip(whats, first.facts, frame.facts, strict=True):
-                if not _is_close(mine, theirs):
+            for fact, mine, theirs in zip(facts, first.facts, frame.facts, strict=True):
+                if not fact.is_alike(mine, theirs):
                     raise PeerError(
-                        f"Rank {rank} has another {what} than rank 0. {self._advice[what]}"
+                        f"Rank {rank} has another {fact.what} than rank 0. {fact.advice}"
                     )
 
     def _waited(self, speak: Callable[[], T]) -> T:
@@ -218,6 +223,21 @@ def numbered(group: Any = None) -> int:
     of = group or dist.group.WORLD
     _models[of] = _models.get(of, 0) + 1
     return _models[of]
+
+
+class Fact(NamedTuple):
+    """A number to be agreed on, see `Channel.agree`."""
+
+    what: str
+    number: float
+    advice: str
+    rel_tol: float
+    abs_tol: float
+
+    def is_alike(self, one: float, other: float) -> bool:
+        """Whether two ranks' numbers may be called the same."""
+        is_close = math.isclose(one, other, rel_tol=self.rel_tol, abs_tol=self.abs_tol)
+        return is_close or (math.isnan(one) and math.isnan(other))
 
 
 class Frame(NamedTuple):
@@ -262,10 +282,20 @@ def _as_tensor(message: memoryview) -> Tensor:
 
 def fingerprint(tensor: Tensor) -> float:
     """A number that different batches do not share: a weighted mean of a sample of `tensor`."""
+    return weighted_mean(sample(tensor))
+
+
+def sample(tensor: Tensor, turn: int = 0) -> np.ndarray:
+    """Up to 1024 of its numbers, evenly spaced; in other turns others."""
     flat = tensor.detach().reshape(-1)
     if flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1)
-    numbers = flat[:: 1 + len(flat) // 1024].double().numpy(force=True)
+    step = 1 + len(flat) // 1024
+    return flat[turn % step :: step].double().numpy(force=True)
+
+
+def weighted_mean(numbers: np.ndarray) -> float:
+    """Of which no terms cancel; what is not finite counts as some number."""
     if not len(numbers):
         return 0.0
     with np.errstate(all="ignore"):
@@ -286,7 +316,3 @@ def _weights(count: int) -> Any:
         return torch.linspace(
             1.0 / count, 2.0 / count, count, dtype=torch.float64, device="cpu"
         ).numpy()
-
-
-def _is_close(a: float, b: float) -> bool:
-    return math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-12) or (math.isnan(a) and math.isnan(b))
