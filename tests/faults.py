@@ -172,6 +172,16 @@ def main() -> None:
                 every = processes.sum(norm.running_mean.double().sum().item())
                 assert abs(every / 2 - norm.running_mean.double().sum().item()) < 1e-6
 
+    def load_on_one(norm: nn.Module, rows: torch.Tensor) -> None:
+        for k in range(4):  # of four parameters and buffers each is compared
+            norm(rows + k)
+            if k == 0:
+                norm.get_buffer("running_mean").add_(RANK)
+
+    norms = {
+        batch: DistributedModel(nn.BatchNorm1d(3), batch=batch, timeout_s=3)
+        for batch in ("global", "local")
+    }
     deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     deep_local = DistributedModel(deep, batch="local", timeout_s=3)
 
@@ -196,6 +206,8 @@ def main() -> None:
         "another parameter, between looks": change_between_looks,
         "a step left out": leave_a_step_out,
         "another row": change_one_row,
+        "another buffer": lambda: load_on_one(norms["global"], x),
+        "another buffer, own rows": lambda: load_on_one(norms["local"], x + RANK),
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
         "another of two models": lambda: twins[RANK](x + RANK),

@@ -30,6 +30,8 @@ EXPECTED = {
     "another parameter, between looks": ("PeerError Rank 1 has another parameter 'weight'",) * 2,
     "a step left out": ("PeerError Rank 1 has another parameter '(weight|bias)'",) * 2,
     "another row": ("PeerError Rank 1 has another parameter 'weight'",) * 2,
+    "another buffer": ("PeerError Rank 1 has another buffer 'running_mean'",) * 2,
+    "another buffer, own rows": ("PeerError Rank 1 has another buffer 'running_mean'",) * 2,
     "another frozen": (r"PeerError The processes do different .*6 of 6 require.*4 of 6 require",)
     * 2,
     "another frozen, own rows": (

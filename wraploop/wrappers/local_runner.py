@@ -227,10 +227,11 @@ def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
 
 
 _DIVERGED = (
-    "Its values were set after the first call, from numbers that each process draws for itself, or "
-    "it has been updated otherwise: by a gradient that was not brought together (of a use through "
-    "`wrapper.module`, or in the loss), or as a process's own loss had it (a scheduler, a line "
-    "search, `.grad` read before the step with reduce_at='step')."
+    "It was set, loaded or updated on one process alone (a step more, another learning rate), or "
+    "set after the first call from numbers that each process draws for itself, or updated "
+    "otherwise: by a gradient that was not brought together (of a use through `wrapper.module`, or "
+    "in the loss), or as a process's own loss had it (a scheduler, a line search, `.grad` read "
+    "before the step with reduce_at='step')."
 )
 
 _SAME_BATCH = (

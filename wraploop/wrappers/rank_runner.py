@@ -229,7 +229,7 @@ def _numbers_in(call: Call) -> list[float]:
 
 _DIVERGED = (
     "It was set, loaded or updated on one process alone, or from numbers that each draws for "
-    "itself: change parameters alike on all."
+    "itself: change parameters and buffers alike on all."
 )
 
 _OR_DIVERGED = (

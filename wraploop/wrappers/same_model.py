@@ -1,10 +1,11 @@
 """One model in several processes: it begins with rank 0's values, and they stay the same.
 
 What is set between wrapping and the first call counts as rank 0 has it. From then on ranks compare
-parameters, one at each call, each in its turn: the mean of a sample, and some of its numbers as
-they are, others in the next turn. Where the ranks' processors differ these come apart by rounding
+parameters and buffers, one at each call, each in its turn: the mean of a sample, and some of its
+numbers as they are, others in the next turn. (Buffers that are whole numbers, or not saved, are left
+out: they may count each rank's own rows, or hold what is made of them.) Where the ranks' processors differ parameters come apart by rounding
 errors, which a shared gradient does not let grow: they add up as a walk at random does, to the
-square root of the calls.
+square root of the calls. Buffers are each rank's own work, and need to agree to four digits.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import functools
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from .tree import Tree
 
 _FEW = 16  # numbers of a parameter that are compared as they are
 _ROUNDING = 16  # times their last digit
+_CLOSE = 1e-4  # of ranks' buffers
 
 
 class SameModel:
@@ -32,14 +35,14 @@ class SameModel:
 
     Args:
         module: the module.
-        advice: what to do if a parameter differs, for the error.
+        advice: what to do if one of them differs, for the error.
     """
 
     def __init__(self, module: nn.Module, advice: str) -> None:
         self._module = module
         self._advice = advice
         self._tree: Tree | None = None
-        self._names: list[tuple[str, Tensor]] = []
+        self._names: list[tuple[str, str]] = []
         self._calls = 0
 
     @property
@@ -63,25 +66,25 @@ class SameModel:
             broadcast(self._module, channel)
 
     def agree(self, channel: Channel, tree: Tree) -> None:
-        """Has the next exchange compare the parameter whose turn it is.
+        """Has the next exchange compare the parameter or buffer whose turn it is.
 
         Args:
             channel: the way to the other ranks.
             tree: the module's.
         """
         if tree is not self._tree:
-            self._tree, self._names = tree, list(self._module.named_parameters())
+            self._tree, self._names = tree, list(_compared(self._module))
         if self._names:
             turn, at = divmod(self._calls, len(self._names))
-            which, parameter = self._names[at]
+            kind, name = self._names[at]
             off = _ROUNDING + math.sqrt(self._calls)
-            for part in stored(parameter):
+            for part in stored(_tensor_at(self._module, name)):
                 numbers = sample(part, turn)
                 mean, step = weighted_mean(numbers), 1 + len(numbers) // _FEW
                 facts = [mean, *numbers[turn % step :: step].tolist()]
-                rel_tol = off * _last_digit(part.dtype)
-                name = f"parameter {which!r}"
-                channel.agree(name, facts, self._advice, rel_tol, rel_tol * mean)
+                rel_tol = max(off * _last_digit(part.dtype), _CLOSE if kind == "buffer" else 0.0)
+                what = f"{kind} {name!r}"
+                channel.agree(what, facts, self._advice, rel_tol, rel_tol * mean)
 
     def end(self) -> None:
         """Ends a turn that all ranks have taken: others' turns would never again be alike."""
@@ -112,6 +115,19 @@ def check_same_model(module: nn.Module, channel: Channel) -> None:
             f"The processes' models differ. Rank 0 has {first}, where rank {rank} has {mine}. Make "
             "the same model in every process before wrapping it."
         )
+
+
+def _compared(module: nn.Module) -> Iterator[tuple[str, str]]:
+    yield from (("parameter", name) for name, _ in module.named_parameters())
+    kept = module.state_dict(keep_vars=True)  # others are caches, of as many rows as each rank has
+    buffers = ((name, b) for name, b in module.named_buffers() if name in kept)
+    yield from (("buffer", name) for name, b in buffers if b.is_floating_point())
+
+
+def _tensor_at(module: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that name that there is now: buffers are often set anew."""
+    path, _, last = name.rpartition(".")
+    return getattr(module.get_submodule(path), last)
 
 
 def _described(module: nn.Module) -> list[str]:
