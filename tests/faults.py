@@ -213,6 +213,7 @@ def main() -> None:
         "another of two models": lambda: twins[RANK](x + RANK),
         "another graph": lambda: create_graph_on_one(model, x),
         "another graph, own rows": lambda: create_graph_on_one(deep_local, x + RANK),
+        "wrapped twice": lambda: DistributedModel(model),
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
     }
     for name, fault in faults.items():

@@ -44,6 +44,7 @@ EXPECTED = {
     * 2,
     "another graph": ("PeerError The processes do different ",) * 2,
     "another graph, own rows": (r"PeerError The processes do different .*in buckets",) * 2,
+    "wrapped twice": ("ValueError The model is a DistributedModel already",) * 2,
     "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
     * 2,
 }

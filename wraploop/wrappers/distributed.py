@@ -58,7 +58,8 @@ class DistributedModel(ModelWrapper):
             clipping does.
 
     Raises:
-        ValueError: the processes' modules differ; the message names the first difference.
+        ValueError: the processes' modules differ; the message names the first difference. Or the
+            module is a DistributedModel itself.
 
     Examples:
         >>> model = DistributedModel(nn.Linear(3, 1))
@@ -90,6 +91,10 @@ class DistributedModel(ModelWrapper):
         reduce_at: ReduceAt = "backward",
     ) -> None:
         super().__init__(module, methods=methods, sync_batchnorm=sync_batchnorm)
+        if isinstance(module, DistributedModel):
+            raise ValueError(
+                "The model is a DistributedModel already: wrap it once, or its `model.module`."
+            )
         if device_ids is not None and len(device_ids) != 1:
             raise ValueError(
                 f"device_ids takes this process's one device, such as ['cuda:0']; got {device_ids}."
