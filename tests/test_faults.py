@@ -85,7 +85,7 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(g
     assert re.search(r"Rank 0 has waited 3.*rank 1 did not come; it is at .*faults.py:\d+", text)
     assert 2 < seconds < 8
     seconds, text = got["no adding up"][0]
-    assert re.search("Rank 0 has waited 3.*to add numbers up.*rank 1 did not come", text)
+    assert re.search("Rank 0 has waited 3.*at: add numbers up.*rank 1 did not come", text)
     assert 2 < seconds < 8
 
 

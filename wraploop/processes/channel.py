@@ -205,8 +205,8 @@ class Channel:
             raise PeerError(f"Rank {self.rank} cannot go on: {error}", follows=True) from error
         except (TimeoutError, ConnectionError) as error:
             waited_s = time.monotonic() - begun_s
-            doing = f" to {watching.doing}" if watching else ""
-            others = f":\n{watching.ask()}\n" if watching else ". "
+            doing = f" at: {watching.doing}" if watching else ""
+            others = f"\n{watching.ask()}\n" if watching else ". "
             raise PeerError(
                 f"Rank {self.rank} has waited {waited_s:.1f} s for the others{doing}{others}"
                 "Every process must run the same step, and none end before the others; timeout_s "

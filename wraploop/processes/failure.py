@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from .channel import Channel, PeerError
 from .collectives import is_waited_for
-from .watch import default_store
+from .watch import default_store, watch
 
 _FIRST = "wraploop/failed/first"
 _SHOWN = "wraploop/failed/shown"
@@ -128,6 +128,8 @@ class Failure:
 
     def end(self) -> None:
         """Prints the traceback, or a line where another process's says more, and waits."""
+        if watching := watch():
+            watching.error = self._error
         try:
             first = self._claim()
         except Exception:  # the store has gone with the process that kept it

@@ -2,22 +2,31 @@
 
 Every process has a thread that looks now and then whether somebody has raised the alarm, in the
 store that the process group was made with, and answers what its process is doing. A process that
-hangs in Python or waits for the others answers too; one that has ended does not.
+hangs in Python or waits for the others answers too; one that has ended, or is stopped, does not.
 """
 
 from __future__ import annotations
 
 import atexit
 import sys
+import sysconfig
 import threading
 import time
+import traceback
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch.distributed as dist
 
 _LOOK_EVERY_S = 0.5
 _ANSWER_WITHIN_S = 2.5
+_GONE = "it has ended, or is stopped"
 _END_WITHIN_S = 10.0  # the store may be slow to answer on a busy machine
+_LIBRARIES = (
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    str(Path(__file__).parents[1]),
+)
 
 
 class Watch:
@@ -29,10 +38,12 @@ class Watch:
     Attributes:
         doing: what this process last said, or says, to the others.
         is_waiting: whether it still waits for their answer.
+        error: what ends it; None while nothing does.
     """
 
     doing = "nothing yet"
     is_waiting = False
+    error: BaseException | None = None
 
     def __init__(self, store: Any) -> None:
         self._store = store
@@ -73,7 +84,7 @@ class Watch:
             missing -= answers.keys()
             time.sleep(0.05)
         lines = [f"  rank {rank} {answer}" for rank, answer in sorted(answers.items())]
-        return lines + [f"  rank {rank} does not answer: it has ended" for rank in sorted(missing)]
+        return lines + [f"  rank {rank} does not answer: {_GONE}" for rank in sorted(missing)]
 
     def _look(self) -> None:
         try:
@@ -87,9 +98,19 @@ class Watch:
     def _report(self) -> str:
         if self.is_waiting:
             return f"waits too: {self.doing}"
+        if self.error is not None:
+            return f"has failed: {type(self.error).__name__}: {self.error}"
         frame = sys._current_frames().get(self._main or 0)
-        at = f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame else "nowhere"
-        return f"did not come; it is at {at}, after: {self.doing}"
+        return f"did not come; it is at {_place(frame)}, after: {self.doing}"
+
+
+def _place(frame: FrameType | None) -> str:
+    """Where `frame` is, and which line of the script has led there."""
+    stack = traceback.walk_stack(frame) if frame else ()
+    calls = [f"{f.f_code.co_filename}:{line}" for f, line in stack]
+    own = [call for call in calls if not call.startswith((*_LIBRARIES, "<"))]
+    places = dict.fromkeys([*calls[:1], *own[:1]])
+    return ", called from ".join(places) or "nowhere"
 
 
 def _alarm(number: int) -> str:

@@ -88,7 +88,7 @@ class Rank(Shard):
 
     def everyones(self, rows: np.ndarray) -> np.ndarray:
         """All ranks' `rows`, one behind the other."""
-        doing = f"statistics of every shard ({rows.shape[1]}) in {self.name}"
+        doing = f"a batch norm over all shards ({rows.shape[1]} numbers) in {self.name}"
         received = self.channel.gather(doing, rows.tobytes())
         return np.concatenate([np.frombuffer(each) for each in received]).reshape(-1, rows.shape[1])
 

@@ -38,7 +38,7 @@ BOUNDARY = "_GoInBackward"  # the name of the node through which parameters go i
 
 ALL_PASS_ALL = (
     "With DistributedModel every process passes the whole batch, the same in all: do not shard the "
-    "loader, and draw with the same seed in every process."
+    "loader, draw with the same seed in every process, and leave out no step in one alone."
 )
 _ALIKE_ONLY = (
     "With batch='local' a loss may use gradients of parameters only alike in every process, not "
