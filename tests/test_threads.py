@@ -1,5 +1,6 @@
 import copy
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -8,6 +9,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -335,6 +337,29 @@ def test_threads_may_use_one_model_at_once():
         expected = gradients(plain, x)
         for each in every:
             torch.testing.assert_close(each, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_a_models_threads_end_with_it():
+    before = set(threading.enumerate())
+    model = ThreadedCPUParallel(nn.Linear(3, 1), threads=3)
+    model(torch.ones(6, 3)).sum().backward()
+    started = set(threading.enumerate()) - before
+    assert len(started) == 2
+
+    del model
+    gc.collect()
+    for thread in started:
+        thread.join(timeout=10.0)
+        assert not thread.is_alive()
+
+
+def test_threads_that_a_second_step_has_to_itself_end_after_it():
+    shared = threads.Threads()
+    before = set(threading.enumerate())
+    shared.run([partial(shared.run, [threading.current_thread] * 3, None)], None)
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10.0)
+        assert not thread.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # lost by Python

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from contextvars import Context, copy_context
@@ -28,7 +29,10 @@ class Disagreement(RuntimeError):
 
 
 class Threads:
-    """Worker threads that outlive a call. The calling thread does the first piece of work."""
+    """Worker threads that outlive a call, and end with this object.
+
+    The calling thread does the first piece of work.
+    """
 
     def __init__(self) -> None:
         self._begin()
@@ -67,7 +71,7 @@ class Threads:
         before = torch.get_num_threads()
         try:
             while len(self._workers) < len(work) - 1:
-                self._workers.append(_Worker(len(self._workers) + 1))
+                self._workers.append(_Worker(len(self._workers) + 1, self))
             enter = _surroundings(operator_threads)
             tasks = [_Task(partial(_inside, enter, copy_context(), piece)) for piece in work[1:]]
             for worker, task in zip(self._workers, tasks, strict=False):
@@ -142,14 +146,18 @@ def _wait_for(workers: list[_Worker]) -> None:
 
 
 class _Worker(threading.Thread):
-    def __init__(self, number: int) -> None:
+    """Does tasks in order, until `None` comes, or what it works for is gone."""
+
+    def __init__(self, number: int, works_for: Threads) -> None:
         super().__init__(name=f"wraploop-lane-{number}", daemon=True)
-        self.tasks: SimpleQueue[_Task] = SimpleQueue()
+        self.tasks: SimpleQueue[_Task | None] = SimpleQueue()
+        weakref.finalize(works_for, self.tasks.put, None).atexit = False
         self.start()
 
     def run(self) -> None:
-        while True:
-            self.tasks.get().do()
+        while (task := self.tasks.get()) is not None:
+            task.do()
+            del task  # with what it has computed, before the next one comes
 
 
 def _no_saved_tensors_hooks() -> AbstractContextManager[Any]:
