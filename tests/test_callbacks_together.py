@@ -1,6 +1,8 @@
 """Callbacks beside each other, and what users do with them."""
 
+import copy
 import os
+import pickle
 from functools import partial
 from typing import Any
 
@@ -198,6 +200,29 @@ def test_callbacks_begin_anew_with_another_learner(tmp_path):
         assert len(os.listdir(tmp_path / fold)) == len(kept.saved) == 2
         rates.append(list(learner.hyperparameters["lr"].values))
     assert rates[0] == rates[1]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))])
+def test_a_copy_of_a_learner_goes_on_by_itself(copied):
+    callbacks = Metrics(), ClipGradients(0.25), AccumulateGradients(2), Scheduler(lr=_falling)
+    learner = made(*callbacks)
+    learner.fit(1)
+    copy_of_it = copied(learner)
+    weight = learner.model.weight.detach().clone()
+
+    copy_of_it.fit(2)
+    assert learner.model.weight.equal(weight)
+    assert learner.history[TrainingPhase].epochs == 1
+    learner.fit(2)
+    assert learner.model.weight.equal(copy_of_it.model.weight)
+    for each in learner, copy_of_it:
+        assert each.history[TrainingPhase].epochs == 3
+        assert len(each.metrics[TrainingPhase].epochs["loss"].values) == 3
+        assert list(each.hyperparameters["lr"].values) == [_falling(step) for step in range(9)]
+
+
+def _falling(step: int) -> float:
+    return 0.5 / (1 + step)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -69,14 +68,14 @@ class Callback:
         reads, writes: names of what it reads and writes.
         fires: events of your own that it fires with `learner.handle`.
         may_miss: events that it answers, and that need not be fired by anyone.
-        home: the callbacks that it has joined last.
+        home: a mark of the callbacks that it has joined last.
     """
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
     fires: tuple[type[Event], ...] = ()
     may_miss: tuple[type[Event], ...] = ()
-    home: weakref.ref[Callbacks] | None = None
+    home: object = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -183,6 +182,7 @@ class Callbacks:
         watchers: tuple[Callback, ...] = (),
     ) -> None:
         self._learner, self._watchers = learner, watchers
+        self._mark = object()  # a copy of a learner has one of its own, as its callbacks do
         self._listed: list[Callback] = []
         self._tables: dict[type, Table] = {}
         self.choose_table(type(None))
@@ -206,9 +206,9 @@ class Callbacks:
         self._put(listed)
         try:
             for callback in listed:
-                if callback.home is None or callback.home() is not self:
+                if callback.home is not self._mark:
                     callback.attach(self._learner)
-                    callback.home = weakref.ref(self)
+                    callback.home = self._mark
         except BaseException:  # one that cannot join is not there
             self._put(before)
             raise
@@ -226,7 +226,7 @@ class Callbacks:
         """
         for callback in self._listed:
             keeps = type(callback.unwrapped).attach is not Callback.attach
-            if keeps and callback.home is not None and callback.home() is not self:
+            if keeps and callback.home is not None and callback.home is not self._mark:
                 raise ValueError(
                     f"{callback!r} has joined another learner since, and what it keeps is that "
                     "one's: give each learner a callback of its own."

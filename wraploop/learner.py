@@ -403,6 +403,10 @@ class Learner:
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy has: everything but the last step's state, which leads to graphs."""
+        return {**vars(self), "step": StepState(), "in_step": False}
+
     def state_dict(self) -> dict[str, Any]:
         """All that training needs to go on exactly from here; see `state`. On every process.
 
