@@ -129,6 +129,11 @@ def test_what_cannot_be_scheduled_is_an_error(make, message):
         make()
 
 
+def test_a_schedule_is_a_function():
+    with pytest.raises(TypeError, match="as lr a function of the count, and got 0.1"):
+        Scheduler(lr=0.1)
+
+
 def test_what_makes_no_scheduler_is_an_error():
     with pytest.raises(TypeError, match=r"makes a torch\.optim\.lr_scheduler"):
         learner(TorchScheduler(lambda optimizer: None))

@@ -38,6 +38,7 @@ class Scheduler(Callback):
     Raises:
         ValueError: there are no schedules, or `each` is another event; when it joins a learner, an
             optimizer or hyperparameter that there is not.
+        TypeError: a schedule is no function.
 
     Examples:
         >>> Scheduler(lr=lambda step: 0.1 / (1 + step))
@@ -61,6 +62,12 @@ class Scheduler(Callback):
                 "Give schedules by name, as in `Scheduler(lr=schedule)`, with each=StepBegin or "
                 f"each=EpochBegin, and got {list(schedules)} and {each}."
             )
+        for name, schedule in schedules.items():
+            if not callable(schedule):
+                raise TypeError(
+                    f"Expected as {name} a function of the count, and got {schedule!r}. "
+                    f"What stays the same is `lambda count: {schedule!r}`."
+                )
         self.optimizer, self.each, self.phase, self.schedules = optimizer, each, phase, schedules
         self.writes = tuple(f"hyperparameters.{_name(optimizer, name)}" for name in schedules)
         self.count = 0
