@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import TensorDataset
 
 from wraploop.callback import Callback, on
 from wraploop.callbacks.history import History
@@ -452,6 +453,7 @@ def test_data_is_a_pair_or_a_mapping_or_one_iterable(data, expected):
         (([1], [2], [3]), ValueError, "got 3 items"),
         (5, TypeError, "Expected batches as training data"),
         (([1], None), TypeError, "Expected batches as validation data"),
+        (TensorDataset(torch.ones(2, 3)), TypeError, "which has samples: give DataLoader"),
     ],
 )
 def test_other_data_is_an_error_that_says_what_came(data, error, message):

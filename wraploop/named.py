@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset, IterableDataset
 
 from wraploop.phases import Phase, checked_phase, no_loss_fn, standard_phases
 from wraploop.running import Batches
@@ -179,7 +180,7 @@ def data(data: Batches | Mapping[str, Batches] | None) -> dict[str, Batches]:
     """Batches by name: a tuple is `(training, validation)`, one iterable is for training.
 
     Raises:
-        TypeError: some are not iterable.
+        TypeError: some are not iterable, or a dataset, which has no batches.
         ValueError: a tuple of another length.
     """
     if isinstance(data, tuple):
@@ -194,6 +195,11 @@ def data(data: Batches | Mapping[str, Batches] | None) -> dict[str, Batches]:
     for name, batches in data.items():
         if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
             raise TypeError(f"Expected batches as {name} data, an iterable, and got {batches!r}.")
+        if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+            raise TypeError(
+                f"Expected batches as {name} data, and got {batches!r}, which has samples: give "
+                "DataLoader(dataset, batch_size=...), or batch_size=None if each item is a batch."
+            )
     return dict(data)
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 
@@ -230,3 +231,39 @@ def loss_over_some_labels_agreed_on_and_dropout(m, o, k):
     loss, logits = m.net(randn(k, 9, 3), half_masked(k))
     update(o.net, loss)
     return loss, logits
+
+
+class Bootstrapped(nn.Module):
+    """As BYOL in some packages: makes its target when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+        self.target = None
+
+    def forward(self, x):
+        if self.target is None:
+            self.target = copy.deepcopy(self.net).requires_grad_(False)
+        return self.net(x) - self.target(x)
+
+
+@step(net=Bootstrapped, refused="deepcopy|makes, replaces or removes layers")
+def layers_made_by_the_forward(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+
+class Growing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(3, 3)])
+
+    def forward(self, x):
+        self.layers.append(nn.Tanh())
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@step(net=Growing, refused="makes, replaces or removes layers")
+def layers_added_by_the_forward(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3)).square().mean())

@@ -167,3 +167,21 @@ def codebook_moved_by_batch_means(m, o, k):
     out, commitment, index = m.net(x)
     update(o.net, F.mse_loss(out, x) + 0.25 * commitment)
     return out, commitment, index
+
+
+class AdaIN(nn.Module):
+    """As MUNIT's: an instance norm by the function for batch norms, of one row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(4, 4)
+
+    def forward(self, x):
+        rows, channels, length = x.shape
+        as_channels = self.a(x).reshape(1, rows * channels, length)
+        return F.batch_norm(as_channels, None, None, training=True).view(x.shape)
+
+
+@step(net=AdaIN, refused="rows seem to be among its channels.*sync_batchnorm=False", local="mean")
+def instance_norm_by_the_function_for_batch_norms(m, o, k):
+    update(o.net, m.net(mine(randn(k, 12, 3, 4))).pow(3).square().mean())

@@ -42,6 +42,11 @@ _TRANSFORMED = (
     "wrapped module, where what the other shards have cannot be transformed. Transform a call of "
     "the wrapped model as a whole, or wrap it with sync_batchnorm=False."
 )
+_NO_ROWS = (
+    "batch_norm gets a tensor of shape {} in a forward of {} rows: as in an instance norm, rows "
+    "seem to be among its channels, and not what it takes the mean of. Wrap the model with "
+    "sync_batchnorm=False, which leaves batch norms as torch has them."
+)
 
 
 def batch_mean(tensor: Tensor) -> Tensor:
@@ -135,7 +140,11 @@ class _Calls(TorchFunctionMode):
             given = _as_functional(*args, **kwargs or {})
         elif func is torch.batch_norm:
             given = _as_operator(*args, **kwargs or {})
-        return func(*args, **kwargs or {}) if given is None else _of_the_whole(self._shard, *given)
+        if given is None:
+            return func(*args, **kwargs or {})
+        if len(given[0]) == 1 < self._shard.rows and given[0].ndim > 2:
+            raise NotImplementedError(_NO_ROWS.format(tuple(given[0].shape), self._shard.rows))
+        return _of_the_whole(self._shard, *given)
 
 
 def _as_functional(

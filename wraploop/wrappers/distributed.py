@@ -156,7 +156,7 @@ class DistributedModel(ModelWrapper):
             if is_transformed():
                 raise NotImplementedError(_TRANSFORMED)
             return runner.run(call, rows)
-        if not rows or is_transformed() or runner is None:
+        if is_transformed() or not rows or runner is None:
             return call.on(self.module)  # in every process the same, and the whole
         return runner.run(call, rows)
 

@@ -147,6 +147,9 @@ class Replica:
         ]
         self._quiet_made = [*chain.from_iterable(self._quiet_contents)]
         self._hook_counts = [*map(len, self._hook_tables)]
+        copies = [copy for _, copy in self._modules]
+        self._parts = [copy._modules for copy in copies if copy._modules or not is_quiet(copy)]
+        self._parts_made = [part for table in self._parts for part in table.values()]
 
     def is_current(self) -> bool:
         """Whether what has been copied is what it was, here and in the original.
@@ -246,6 +249,8 @@ class Replica:
                 raise NotImplementedError(_NESTED.format(kind.__name__))
         if [*map(len, self._hook_tables)] != self._hook_counts:
             raise NotImplementedError(_HOOKED)
+        if not same(chain.from_iterable(map(dict.values, self._parts)), self._parts_made):
+            raise NotImplementedError(_REBUILT)
         found: dict[Place, Change] = {}
         written = self._written() | {id(copy) for copy in self._other_values().values()}
         for module, copy in self._holders if written else ():
@@ -383,6 +388,12 @@ _HOOKED = (
     "The forward registers or removes hooks, which each shard would do on a copy of its own. Do it "
     "outside of the forward; if the forward does it once, when first called, call the model once "
     "before wrapping it."
+)
+
+_REBUILT = (
+    "The forward makes, replaces or removes layers of its module, which each shard would do on a "
+    "copy of its own. Do it outside of the forward; if the forward does it once, when first "
+    "called, call the model once before wrapping it."
 )
 
 _NESTED = (

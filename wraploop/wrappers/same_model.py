@@ -2,10 +2,11 @@
 
 What is set between wrapping and the first call counts as rank 0 has it. From then on ranks compare
 parameters and buffers, one at each call, each in its turn: the mean of a sample, and some of its
-numbers as they are, others in the next turn. (Buffers that are whole numbers, or not saved, are left
-out: they may count each rank's own rows, or hold what is made of them.) Where the ranks' processors differ parameters come apart by rounding
-errors, which a shared gradient does not let grow: they add up as a walk at random does, to the
-square root of the calls. Buffers are each rank's own work, and need to agree to four digits.
+numbers as they are, others in the next turn. (Buffers that are whole numbers, or not saved, are
+left out: they may count each rank's own rows, or hold what is made of them.) Where the ranks'
+processors differ parameters come apart by rounding errors, which a shared gradient does not let
+grow: they add up as a walk at random does, to the square root of the calls. Buffers are each rank's
+own work, and need to agree to four digits.
 """
 
 from __future__ import annotations

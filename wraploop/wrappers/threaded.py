@@ -61,7 +61,7 @@ class ThreadedCPUParallel(ModelWrapper):
 
     def _run(self, call: Call) -> Nest:
         rows = rows_of(call.arguments)
-        if not rows or is_transformed():
+        if is_transformed() or not rows:
             return call.on(self.module)
         runner = self._execution(LaneRunner)
         cores = torch.get_num_threads()
