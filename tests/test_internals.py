@@ -190,3 +190,12 @@ def test_sums_of_a_batch_norm_are_those_of_the_formula(monkeypatch):
         with_n, alone = internals.batch_norm_sums(grad, x, mean, variance, 0.1)
         torch.testing.assert_close(with_n, (grad * n).sum([0, 2]))
         torch.testing.assert_close(alone, grad.sum([0, 2]))
+
+
+def test_buffers_that_are_not_saved_are_known(monkeypatch):
+    norm = nn.BatchNorm1d(3)
+    norm.register_buffer("cache", torch.ones(3), persistent=False)
+    saved = ["running_mean", "running_var", "num_batches_tracked"]
+    assert internals.saved_buffers(norm) == saved
+    monkeypatch.delattr(norm, "_non_persistent_buffers_set")
+    assert internals.saved_buffers(norm) == [*saved, "cache"]

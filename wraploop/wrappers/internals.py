@@ -121,6 +121,12 @@ def version_of(tensor: Tensor) -> int:
         return 0
 
 
+def saved_buffers(module: nn.Module) -> list[str]:
+    """The names of a module's own buffers that are in its state; all, where torch does not say."""
+    others = getattr(module, "_non_persistent_buffers_set", ())
+    return [name for name, _ in module.named_buffers(recurse=False) if name not in others]
+
+
 def stored(tensor: Tensor) -> list[Tensor]:
     """The dense tensors that `tensor` is stored as: itself, unless it is sparse."""
     if tensor.layout is torch.sparse_coo:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from wraploop.processes.channel import Channel, sample, weighted_mean
 from wraploop.processes.packing import pack, view_of
 
-from .internals import stored
+from .internals import saved_buffers, stored
 from .tree import Tree
 
 _FEW = 16  # numbers of a parameter that are compared as they are
@@ -79,7 +79,7 @@ class SameModel:
             turn, at = divmod(self._calls, len(self._names))
             kind, name = self._names[at]
             off = _ROUNDING + math.sqrt(self._calls)
-            for part in stored(_tensor_at(self._module, name)):
+            for part in _tensors_at(self._module, name):
                 numbers = sample(part, turn)
                 mean, step = weighted_mean(numbers), 1 + len(numbers) // _FEW
                 facts = [mean, *numbers[turn % step :: step].tolist()]
@@ -120,15 +120,17 @@ def check_same_model(module: nn.Module, channel: Channel) -> None:
 
 def _compared(module: nn.Module) -> Iterator[tuple[str, str]]:
     yield from (("parameter", name) for name, _ in module.named_parameters())
-    kept = module.state_dict(keep_vars=True)  # others are caches, of as many rows as each rank has
-    buffers = ((name, b) for name, b in module.named_buffers() if name in kept)
-    yield from (("buffer", name) for name, b in buffers if b.is_floating_point())
+    for path, part in module.named_modules():
+        for name in saved_buffers(part):  # others are caches, of as many rows as each rank has
+            if getattr(part, name).is_floating_point():
+                yield "buffer", f"{path}.{name}" if path else name
 
 
-def _tensor_at(module: nn.Module, name: str) -> Tensor:
-    """The parameter or buffer of that name that there is now: buffers are often set anew."""
+def _tensors_at(module: nn.Module, name: str) -> list[Tensor]:
+    """What the parameter or buffer of that name is stored as now: buffers are often set anew."""
     path, _, last = name.rpartition(".")
-    return getattr(module.get_submodule(path), last)
+    tensor = getattr(module.get_submodule(path), last)
+    return [] if tensor is None else stored(tensor)
 
 
 def _described(module: nn.Module) -> list[str]:
