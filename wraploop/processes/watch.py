@@ -8,8 +8,8 @@ hangs in Python or waits for the others answers too; one that has ended, or is s
 from __future__ import annotations
 
 import atexit
+import os
 import sys
-import sysconfig
 import threading
 import time
 import traceback
@@ -17,14 +17,15 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 _LOOK_EVERY_S = 0.5
 _ANSWER_WITHIN_S = 2.5
 _GONE = "it has ended, or is stopped"
 _END_WITHIN_S = 10.0  # the store may be slow to answer on a busy machine
-_LIBRARIES = (
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+_LIBRARIES = (  # Python's own, what is installed, and this one
+    *(str(Path(file).parent) for file in (os.__file__, Path(torch.__file__).parent)),
     str(Path(__file__).parents[1]),
 )
 
