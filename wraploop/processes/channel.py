@@ -95,7 +95,7 @@ class Channel:
             rel_tol: how far apart they may be, as in `math.isclose`.
             abs_tol: the same.
         """
-        self._facts += [Fact(what, fact, advice, rel_tol, abs_tol) for fact in facts]
+        self._facts.append(Fact(what, facts, advice, rel_tol, abs_tol))
 
     def exchange(self, doing: str, *payload: Tensor | bytes) -> list[Tensor]:
         """Every rank's `payload`, in the order of ranks.
@@ -115,11 +115,11 @@ class Channel:
         """As `exchange`; it arrives as bytes."""
         doing += self._whose
         text, facts, self._facts = doing, self._facts, []
-        if facts:
-            text = f"{doing}, with the {', '.join(dict.fromkeys(fact.what for fact in facts))}"
+        if whats := dict.fromkeys(fact.what for fact in facts if fact.numbers):
+            text = f"{doing}, with the {', '.join(whats)}"
         if self._watch:
             self._watch.doing = text
-        own = Frame(text, [fact.number for fact in facts]).packed()
+        own = Frame(text, [number for fact in facts for number in fact.numbers]).packed()
         parts = [own, *(p if isinstance(p, bytes) else view_of(p) for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
         for message in everyone:
@@ -184,7 +184,8 @@ class Channel:
                 "threads run at once each need a process group of their own."
             )
         for rank, frame in enumerate(frames):
-            for fact, mine, theirs in zip(facts, first.facts, frame.facts, strict=True):
+            each = [fact for fact in facts for _ in fact.numbers]
+            for fact, mine, theirs in zip(each, first.facts, frame.facts, strict=True):
                 if not fact.is_alike(mine, theirs):
                     raise PeerError(
                         f"Rank {rank} has another {fact.what} than rank 0. {fact.advice}"
@@ -226,10 +227,10 @@ def numbered(group: Any = None) -> int:
 
 
 class Fact(NamedTuple):
-    """A number to be agreed on, see `Channel.agree`."""
+    """Numbers to be agreed on, see `Channel.agree`."""
 
     what: str
-    number: float
+    numbers: list[float]
     advice: str
     rel_tol: float
     abs_tol: float

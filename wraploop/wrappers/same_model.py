@@ -43,7 +43,7 @@ class SameModel:
         self._module = module
         self._advice = advice
         self._tree: Tree | None = None
-        self._names: list[tuple[str, str]] = []
+        self._names: list[tuple[str, nn.Module, str]] = []
         self._calls = 0
 
     @property
@@ -77,14 +77,15 @@ class SameModel:
             self._tree, self._names = tree, list(_compared(self._module))
         if self._names:
             turn, at = divmod(self._calls, len(self._names))
-            kind, name = self._names[at]
+            what, owner, name = self._names[at]
             off = _ROUNDING + math.sqrt(self._calls)
-            for part in _tensors_at(self._module, name):
+            least = _CLOSE if name in owner._buffers else 0.0
+            tensor = getattr(owner, name)  # as it is now: buffers are often set anew
+            for part in [] if tensor is None else stored(tensor):
                 numbers = sample(part, turn)
                 mean, step = weighted_mean(numbers), 1 + len(numbers) // _FEW
                 facts = [mean, *numbers[turn % step :: step].tolist()]
-                rel_tol = max(off * _last_digit(part.dtype), _CLOSE if kind == "buffer" else 0.0)
-                what = f"{kind} {name!r}"
+                rel_tol = max(off * _last_digit(part.dtype), least)
                 channel.agree(what, facts, self._advice, rel_tol, rel_tol * mean)
 
     def end(self) -> None:
@@ -118,19 +119,15 @@ def check_same_model(module: nn.Module, channel: Channel) -> None:
         )
 
 
-def _compared(module: nn.Module) -> Iterator[tuple[str, str]]:
-    yield from (("parameter", name) for name, _ in module.named_parameters())
-    for path, part in module.named_modules():
+def _compared(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """What is compared, as errors name it; the module that has it, and its name there."""
+    for path, _ in module.named_parameters():
+        owner, _, name = path.rpartition(".")
+        yield f"parameter {path!r}", module.get_submodule(owner), name
+    for owner, part in module.named_modules():
         for name in saved_buffers(part):  # others are caches, of as many rows as each rank has
             if getattr(part, name).is_floating_point():
-                yield "buffer", f"{path}.{name}" if path else name
-
-
-def _tensors_at(module: nn.Module, name: str) -> list[Tensor]:
-    """What the parameter or buffer of that name is stored as now: buffers are often set anew."""
-    path, _, last = name.rpartition(".")
-    tensor = getattr(module.get_submodule(path), last)
-    return [] if tensor is None else stored(tensor)
+                yield f"buffer {f'{owner}.{name}' if owner else name!r}", part, name
 
 
 def _described(module: nn.Module) -> list[str]:
