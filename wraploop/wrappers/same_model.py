@@ -44,6 +44,7 @@ class SameModel:
         self._advice = advice
         self._tree: Tree | None = None
         self._names: list[tuple[str, nn.Module, str]] = []
+        self._sizes: dict[str, float] = {}  # of the largest that each has been: errors stay
         self._calls = 0
 
     @property
@@ -85,8 +86,9 @@ class SameModel:
                 numbers = sample(part, turn)
                 mean, step = weighted_mean(numbers), 1 + len(numbers) // _FEW
                 facts = [mean, *numbers[turn % step :: step].tolist()]
+                size = self._sizes[what] = max(mean, self._sizes.get(what, 0.0))
                 rel_tol = max(off * _last_digit(part.dtype), least)
-                channel.agree(what, facts, self._advice, rel_tol, rel_tol * mean)
+                channel.agree(what, facts, self._advice, rel_tol, rel_tol * size)
 
     def end(self) -> None:
         """Ends a turn that all ranks have taken: others' turns would never again be alike."""
