@@ -183,8 +183,8 @@ class Channel:
                 f"{lines}\nEvery process must run the same step on the same batch; models that "
                 "threads run at once each need a process group of their own."
             )
+        each = [fact for fact in facts for _ in fact.numbers]
         for rank, frame in enumerate(frames):
-            each = [fact for fact in facts for _ in fact.numbers]
             for fact, mine, theirs in zip(each, first.facts, frame.facts, strict=True):
                 if not fact.is_alike(mine, theirs):
                     raise PeerError(

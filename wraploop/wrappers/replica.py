@@ -248,9 +248,9 @@ class Replica:
             if not same(items(container), made):
                 raise NotImplementedError(_NESTED.format(kind.__name__))
         if [*map(len, self._hook_tables)] != self._hook_counts:
-            raise NotImplementedError(_HOOKED)
+            raise NotImplementedError(_MADE.format("registers or removes hooks"))
         if not same(chain.from_iterable(map(dict.values, self._parts)), self._parts_made):
-            raise NotImplementedError(_REBUILT)
+            raise NotImplementedError(_MADE.format("makes, replaces or removes layers"))
         found: dict[Place, Change] = {}
         written = self._written() | {id(copy) for copy in self._other_values().values()}
         for module, copy in self._holders if written else ():
@@ -384,16 +384,9 @@ def _written_to(module: Any, copy: Any, written: set[int]) -> Iterator[tuple[Pla
             yield (Ref(module), name), change
 
 
-_HOOKED = (
-    "The forward registers or removes hooks, which each shard would do on a copy of its own. Do it "
-    "outside of the forward; if the forward does it once, when first called, call the model once "
-    "before wrapping it."
-)
-
-_REBUILT = (
-    "The forward makes, replaces or removes layers of its module, which each shard would do on a "
-    "copy of its own. Do it outside of the forward; if the forward does it once, when first "
-    "called, call the model once before wrapping it."
+_MADE = (
+    "The forward {}, which each shard would do on a copy of its own. Do it outside of the forward; "
+    "if the forward does it once, when first called, call the model once before wrapping it."
 )
 
 _NESTED = (
