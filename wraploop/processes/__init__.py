@@ -183,7 +183,9 @@ def align_random_state(channel: Channel | None = None) -> None:
     """
     if world_size() == 1:
         return
-    random_state.put(_first_ones(random_state.get(), channel or Channel(None, _timeout_s)))
+    torchs, *others = random_state.get()
+    said = _first_ones((torchs.numpy(), *others), channel or Channel(None, _timeout_s))
+    random_state.put((torch.from_numpy(said[0]), *said[1:]))  # a tensor's pickle loads much of torch
 
 
 def part_random_states(channel: Channel | None = None) -> None:

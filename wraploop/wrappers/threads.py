@@ -86,9 +86,10 @@ class Threads:
             return _results([first, *tasks])
         except BaseException:
             on_failure()
-            workers, self._workers = self._workers, []  # for who interrupts once more
+            workers, self._workers = self._workers, []  # an error may have left torch's state there
             _wait_for(workers)
-            self._workers = workers
+            for worker in workers:
+                worker.tasks.put(None)
             raise
         finally:
             if operator_threads is not None:
