@@ -14,12 +14,11 @@ from .collectives import Collective, Speed
 from .crew import Crew, Member
 from .links import LOOPBACK
 from .measured import Measured
-from .muting import muted
 from .scaling import RANKS, Compute, Scaling
 from .speeds import line
 from .tracing import traced
 from .trial import Say, take_rounds
-from .ways import CORES, Way, ddp, distributed, plain
+from .ways import CORES, Way, ddp, distributed, muted, plain
 from .zoo import CLASSES, Case
 
 TRACED = 2  # processes in which a step is traced, and measured
@@ -56,7 +55,7 @@ def calibrated(
     alone, mute = _alone(case, TRACED), [Measured(case, muted(way)) for way in ways]
     measured = [Measured(case, way) for way in (ONE, *ways)]
     take_rounds([*alone, *mute, *measured], TRACED, rounds, say)
-    overhead_s = {m.way.name: _overhead_s(alone, m) for m in mute}
+    overhead_s = {w.name: _overhead_s(alone, m) for w, m in zip(ways, mute, strict=True)}
     model = replace(model, compute=_compute(alone), overhead_s=overhead_s)
 
     crowd = _alone(case, CROWD)

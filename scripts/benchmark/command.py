@@ -6,8 +6,10 @@ processes on the loopback interface. All get the same whole batch; 2 processes h
 use half the cores each. A ratio is how many times as fast a way is as the reference, the median
 over rounds of the ratio within a round; "best ddp" is the faster of DDP's two bucket modes. DDP
 does not bring batch norm's statistics together, which "local" does and "local-own-bn" does not.
+What ends in "-mute", if asked for, sends nothing: no way to send it could be faster.
 
-Peak MiB is what rank 0 takes over what it had before, in a process of its own. Sent is what all
+Peak MiB is what rank 0 takes over what it had before, in a process of its own; how much of it is
+code of libraries, which processes share, stands beside it. Sent is what all
 processes of the machine send over the loopback interface, headers of TCP included: let nothing
 else talk or compute meanwhile. What DistributedModel's processes read in each other's memory is not
 sent; with --apart they do not, and send all, as between machines.

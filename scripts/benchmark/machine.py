@@ -57,6 +57,11 @@ def resident_bytes() -> float:
     return _memory("VmRSS")
 
 
+def file_bytes() -> float:
+    """How much of that is the contents of files, as libraries' code is; NaN as above."""
+    return _memory("RssFile")
+
+
 def peak_bytes() -> float:
     """The most of this process that was in memory since `forget_peak`; NaN as above."""
     return _memory("VmHWM")

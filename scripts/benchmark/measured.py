@@ -56,6 +56,7 @@ class Measured:
         seconds: a step's, in each round.
         sent_bytes: by all processes together in a step, in each round, TCP's headers included.
         peak_mib: the most memory that rank 0 took, over what it had before the model was made.
+        code_mib: how much of it is code of libraries, which processes share.
         chosen: how `threads="auto"` divides the cores, if the way has it.
         deciding_steps: after how many.
     """
@@ -66,6 +67,7 @@ class Measured:
     seconds: list[float] = field(default_factory=list)
     sent_bytes: list[float] = field(default_factory=list)
     peak_mib: float = math.nan
+    code_mib: float = math.nan
     chosen: list[Split] = field(default_factory=list)
     deciding_steps: int | None = None
 

@@ -1,38 +1,16 @@
-"""Ways that send nothing, so that what else they cost can be measured by itself.
+"""Sending nothing, so that what else a way costs can be measured by itself.
 
 Each process has the same rows, see `training`, so its own message is what everyone would say.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.debugging_hooks import noop_hook
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from wraploop.processes.wire import Bytes, Wire
 from wraploop.wrappers import local_runner
-
-from .ways import Way
-
-
-def muted(way: Way) -> Way:
-    """The same way, which sends nothing."""
-    wrap = partial(_without_sending, way.wrap)
-    return replace(way, wrap=wrap, mute=True)
-
-
-def _without_sending(wrap: Callable[[nn.Module], nn.Module], model: nn.Module) -> nn.Module:
-    wrapped = wrap(model)
-    if isinstance(wrapped, DistributedDataParallel):
-        wrapped.register_comm_hook(None, noop_hook)
-    return wrapped
-
-
-# In a process
 
 
 def mute(is_mute: bool) -> None:

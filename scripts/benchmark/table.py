@@ -19,7 +19,7 @@ SUMMARY = (
 )
 HEADER = (
     *("way", "processes x threads", "ms/step", "quartiles", "/ plain", "quartiles"),
-    *(f"/ {BEST_DDP}", "quartiles", "peak MiB", "sent MiB/step", "auto chose"),
+    *(f"/ {BEST_DDP}", "quartiles", "peak MiB", "of it code", "sent MiB/step", "auto chose"),
 )
 SHORT = {  # by the heading of a column: a ratio
     "`threads` over plain": ("threads", "plain"),
@@ -32,7 +32,7 @@ COLUMNS = (
     *("model", "way", "processes", "threads", "rounds", "steps_per_round"),
     *("step_ms_q1", "step_ms", "step_ms_q3"),
     *(f"over_{name}{part}" for name in REFERENCES for part in ("_q1", "", "_q3")),
-    *("peak_mib", "sent_bytes", "auto_threads", "auto_steps"),
+    *("peak_mib", "code_mib", "sent_bytes", "auto_threads", "auto_steps"),
 )
 
 
@@ -48,7 +48,8 @@ def _row(results: Results, m: Measured) -> dict[str, float | str | None]:
     for reference in REFERENCES.values():
         ratio = results.ratio(m.case, m.way.name, reference)
         row += ratio[:3] if ratio else (None, None, None)
-    row += [_known(m.peak_mib), _known(m.sent), _splits(m), m.deciding_steps]
+    row += [_known(m.peak_mib), _known(m.code_mib), _known(m.sent)]
+    row += [_splits(m), m.deciding_steps]
     return dict(zip(COLUMNS, row, strict=True))
 
 
@@ -118,7 +119,8 @@ def _cells(results: Results, m: Measured) -> list[str]:
     for reference in REFERENCES.values():
         cells += _spread(results.ratio(m.case, m.way.name, reference))
     chose = f"{_splits(m)} after {m.deciding_steps}" if m.chosen else ""
-    return [*cells, _number(m.peak_mib), _number(m.sent / MIB), chose]
+    memory = _number(m.peak_mib), _number(m.code_mib)
+    return [*cells, *memory, _number(m.sent / MIB), chose]
 
 
 def _splits(m: Measured) -> str | None:

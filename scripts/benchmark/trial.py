@@ -44,7 +44,7 @@ def measure(case: Case, ways: Sequence[Way], rounds: int, memory: bool, say: Say
     if memory:
         for measured in found:
             say(f"{case.name}: memory of {measured.way.name}")
-            measured.peak_mib = peak_mib(case, measured.way)
+            measured.peak_mib, measured.code_mib = peak_mib(case, measured.way)
     return found
 
 
@@ -82,8 +82,13 @@ def _take_turn(crew: Crew, measured: Measured, number: int) -> None:
     measured.sent_bytes.append(sent / (steps + turns.UNTIMED_STEPS))
 
 
-def peak_mib(case: Case, way: Way) -> float:
-    """The most memory that rank 0 takes in training, over what it had before, in MiB."""
+def peak_mib(case: Case, way: Way) -> tuple[float, float]:
+    """The most memory that rank 0 takes in training, over what it had before, in MiB.
+
+    Returns:
+        That, and how much of it is code of libraries.
+    """
     with Crew(way.processes, way.apart) as crew:
         peaks = crew.ask(way.processes, turns.peak_bytes, case, way, WARM_UP_STEPS)
-    return peaks[0] / machine.MIB
+    peak, code = peaks[0]
+    return peak / machine.MIB, code / machine.MIB

@@ -54,16 +54,20 @@ def turn(member: Member, case: Case, way: Way, steps: int, number: int) -> float
     return (time.perf_counter() - begun_s) / steps
 
 
-def peak_bytes(member: Member, case: Case, way: Way, steps: int) -> float:
-    """The peak of resident memory in the first steps, over what was resident before."""
+def peak_bytes(member: Member, case: Case, way: Way, steps: int) -> tuple[float, float]:
+    """The peak of resident memory in the first steps, over what was resident before.
+
+    Returns:
+        That, and how much of it is files' contents: code of libraries, which processes share.
+    """
     _settle(member, way, 0)
     _step_once()
     gc.collect()
     machine.forget_peak()
-    before = machine.resident_bytes()
+    before, files_before = machine.resident_bytes(), machine.file_bytes()
     make(member, case, way)
     warm_up(member, case, way, steps)
-    return machine.peak_bytes() - before
+    return machine.peak_bytes() - before, machine.file_bytes() - files_before
 
 
 def kept(member: Member, case: Case, way: Way) -> Training:
@@ -72,7 +76,7 @@ def kept(member: Member, case: Case, way: Way) -> Training:
 
 
 def _key(case: Case, way: Way) -> str:
-    return f"{case.name}, {case.rows} rows, {way.name}{', mute' if way.mute else ''}"
+    return f"{case.name}, {case.rows} rows, {way.name}"
 
 
 def _settle(member: Member, way: Way, number: int) -> None:

@@ -183,9 +183,9 @@ def align_random_state(channel: Channel | None = None) -> None:
     """
     if world_size() == 1:
         return
-    torchs, *others = random_state.get()
+    torchs, *others = random_state.get()  # as an array: a tensor's pickle loads much of torch
     said = _first_ones((torchs.numpy(), *others), channel or Channel(None, _timeout_s))
-    random_state.put((torch.from_numpy(said[0]), *said[1:]))  # a tensor's pickle loads much of torch
+    random_state.put((torch.from_numpy(said[0]), *said[1:]))
 
 
 def part_random_states(channel: Channel | None = None) -> None:
