@@ -186,6 +186,14 @@ class Pair(nn.Module):
         return x + y
 
 
+@pytest.mark.filterwarnings("ignore:.*jit.trace.*deprecated")
+def test_tracing_is_refused_in_words_of_its_own(wrap):
+    x = torch.randn(4, 3)
+    model = wrap(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+    with pytest.raises(RuntimeError, match=r"Trace wrapper.module"):
+        torch.jit.trace(nn.Sequential(model), (x,))
+
+
 def test_inputs_that_disagree_about_rows_are_refused(wrap_in_lanes):
     model = wrap_in_lanes(Pair())
     with pytest.raises(ValueError, match=r"\[0\]\[0\] of shape \(4, 2\) has 4.*shared\(tensor\)"):

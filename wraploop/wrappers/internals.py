@@ -184,6 +184,11 @@ def is_batched(tensor: Tensor) -> bool:
         return False
 
 
+def is_traced() -> bool:
+    """Whether torch.jit.trace looks at this thread."""
+    return _C._get_tracing_state() is not None
+
+
 def is_transformed() -> bool:
     """Whether calls of this thread are traced or transformed (compile, torch.func, forward AD).
 
@@ -191,7 +196,7 @@ def is_transformed() -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        or _C._get_tracing_state() is not None
+        or is_traced()
         or _C._functorch.peek_interpreter_stack() is not None
         or torch.autograd.forward_ad._current_level >= 0
     )

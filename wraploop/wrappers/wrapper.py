@@ -21,7 +21,7 @@ from typing_extensions import Self
 
 from .batch import Nest, tensors_of
 from .call import Call
-from .internals import not_compiled, own_attributes
+from .internals import is_traced, not_compiled, own_attributes
 from .shard import is_unsplit
 from .tree import EXECUTION
 
@@ -42,6 +42,10 @@ class Execution(Protocol):
 
 E = TypeVar("E", bound=Execution)
 _one_at_a_time = threading.Lock()
+_TRACED = (
+    "torch.jit.trace has come to a {}, whose module's layers it looks for in the wrapper itself. "
+    "Trace wrapper.module, the plain model, which computes the same."
+)
 
 
 class ModelWrapper(nn.Module):
@@ -122,7 +126,10 @@ class ModelWrapper(nn.Module):
 
         Raises:
             ValueError: inputs disagree about the number of rows, or an output has other rows.
+            RuntimeError: torch.jit.trace traces it, as ONNX's and TensorBoard's graphs may too.
         """
+        if is_traced():
+            raise RuntimeError(_TRACED.format(type(self).__name__))
         if self._is_plain("forward"):
             return self._modules["module"](*args, **kwargs)  # pyright: ignore[reportOptionalCall]
         return self._make(Call("forward", args, kwargs))
