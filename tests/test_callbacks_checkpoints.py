@@ -220,10 +220,15 @@ def test_what_does_not_fit_is_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [{"mode": "low"}, {"keep_top_k": -1}, {"every_epochs": 0}], ids=str
+    ("options", "message"),
+    [
+        ({"mode": "low"}, "Expected the mode 'min' or 'max', and got 'low'"),
+        ({"keep_top_k": -1}, "keep_top_k is at least 0, and got -1"),
+        ({"every_epochs": 0}, "every_epochs is at least 1, and got 0"),
+    ],
 )
-def test_impossible_arguments_are_errors(tmp_path, options):
-    with pytest.raises(ValueError, match="Expected mode 'min' or 'max'"):
+def test_impossible_arguments_are_errors(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
         Checkpoints(tmp_path, **options)
 
 

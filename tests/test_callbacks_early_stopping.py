@@ -95,7 +95,7 @@ def test_a_time_limit_counts_from_the_first_epoch_on_and_over_a_resumed_fit(monk
 
 @pytest.mark.parametrize("make", [NoImprovement, Patience, NumberLimit])
 def test_a_count_below_one_is_an_error(make):
-    with pytest.raises(ValueError, match="at least 1 epoch, and got 0"):
+    with pytest.raises(ValueError, match="epochs is at least 1, and got 0"):
         make(0)
 
 

@@ -242,8 +242,11 @@ def test_no_hooks_are_left_behind():
     [
         (lambda: ClipGradients(), "Give a positive bound"),
         (lambda: ClipGradients(-1.0), "max_norm=-1.0"),
-        (lambda: AccumulateGradients(0), "steps=0"),
-        (lambda: AccumulateGradients(2, reduction="max"), "reduction='max'"),
+        (lambda: AccumulateGradients(0), "steps is at least 1, and got 0"),
+        (
+            lambda: AccumulateGradients(2, reduction="max"),
+            "the reduction 'mean' or 'sum', and got 'max'",
+        ),
     ],
 )
 def test_impossible_arguments_are_errors(make, message):

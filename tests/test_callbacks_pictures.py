@@ -182,7 +182,7 @@ def test_what_the_function_reads_has_to_be_declared(tmp_path):
 
 @pytest.mark.parametrize("every_epochs", [0, -1])
 def test_less_often_than_never_is_an_error(every_epochs, tmp_path):
-    message = f"`every_epochs` is at least 1, and got {every_epochs}"
+    message = f"every_epochs is at least 1, and got {every_epochs}"
     with pytest.raises(ValueError, match=message):
         PlotMetrics(tmp_path / "metrics.png", every_epochs=every_epochs)
     with pytest.raises(ValueError, match=message):

@@ -291,8 +291,8 @@ def test_a_fit_too_short_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"first_step": 0}, "Steps are counted from 1.* got first_step=0, steps=3"),
-        ({"steps": 0}, "got first_step=2, steps=0"),
+        ({"first_step": 0}, "first_step is at least 1, and got 0"),
+        ({"steps": 0}, "steps is at least 1, and got 0"),
         ({"shapes": True}, r"Cannot set \['shapes'\]; options are .*record_shapes"),
         ({"schedule": None}, r"Cannot set \['schedule'\]"),
         ({"on_trace_ready": None}, r"Cannot set \['on_trace_ready'\]"),

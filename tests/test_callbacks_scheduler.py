@@ -234,7 +234,7 @@ def test_one_cycle_of_one_step_is_its_peak():
     "options", [{"steps": 0}, {"warmup": 1.5}, {"warmup": -0.1}, {"maximum": -1.0}, {"div": 0.0}]
 )
 def test_an_impossible_cycle_is_an_error(options):
-    with pytest.raises(ValueError, match="at least 1 step, a warmup from 0 to 1"):
+    with pytest.raises(ValueError, match=r"steps is at least 1|a warmup from 0 to 1"):
         one_cycle(**{"steps": 10, "maximum": 0.1, **options})
 
 

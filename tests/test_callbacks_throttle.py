@@ -140,8 +140,8 @@ def test_a_cancellation_names_the_callback_itself():
     [
         ({}, "give one of"),
         ({"every": 2, "every_s": 1.0}, "give one of"),
-        ({"every": 0}, "every=0"),
-        ({"every_s": -1.0}, "every_s=-1.0"),
+        ({"every": 0}, "every is at least 1, and got 0"),
+        ({"every_s": -1.0}, "every_s is at least 0, and got -1.0"),
     ],
 )
 def test_impossible_arguments_are_errors(options, message):

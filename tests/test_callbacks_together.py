@@ -228,7 +228,7 @@ def _falling(step: int) -> float:
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
-        (lambda: made().fit(-1), ValueError, "0 or more, and got -1"),
+        (lambda: made().fit(-1), ValueError, "epochs is at least 0, and got -1"),
         (lambda: made().fit(1, TrainingPhase()), TypeError, r"write \[TrainingPhase\(\)\]"),
         (lambda: made().callbacks.set(EMA()), TypeError, "Expected a list of callbacks"),
         (lambda: Metrics(nn.Softmax), TypeError, "add parentheses"),

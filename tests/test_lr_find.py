@@ -115,7 +115,7 @@ def test_callbacks_that_change_a_step_take_part():
     [
         ({"start": 0.0}, "0 < start < end"),
         ({"end": 1e-9}, "0 < start < end"),
-        ({"steps": 1}, "steps=1"),
+        ({"steps": 1}, "steps is at least 2, and got 1"),
         ({"optimizer": "critic"}, "no optimizer 'critic'"),
         ({"batches": iter(batches())}, "an iterator, which a sweep would use up"),
         ({"batches": []}, "no batches to try rates on"),

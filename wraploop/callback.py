@@ -15,6 +15,7 @@ from wraploop.events import (
     FitEnd,
     graver,
 )
+from wraploop.given import check_names, first_make
 from wraploop.order import in_order
 from wraploop.phases import Phase
 
@@ -46,10 +47,7 @@ def on(event: type[Event], phase: type[Phase] = Phase) -> Callable[[_Method], _M
         ...     def add(self, learner):
         ...         self.count += 1
     """
-    _check_mark("event", event, Event)
-    _check_mark("phase", phase, Phase)
-    if issubclass(event, (FitBegin, FitEnd)) and phase is not Phase:
-        raise TypeError(f"{event.__name__} happens in no phase: write @on({event.__name__}).")
+    check_mark(event, phase)
 
     def mark(method: _Method) -> _Method:
         vars(method).setdefault("marks", []).append((event, phase))
@@ -80,9 +78,7 @@ class Callback:
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         for name in ("reads", "writes"):
-            paths = getattr(cls, name)
-            if isinstance(paths, str):
-                raise TypeError(f"{cls.__name__}.{name} is a tuple of names; write ({paths!r},).")
+            check_names(f"{cls.__name__}.{name}", getattr(cls, name))
 
     def attach(self, learner: Learner) -> None:
         """Called when the callback first joins a learner, before anything runs."""
@@ -146,6 +142,10 @@ class Table(dict[type[Event], tuple[Calls, type[Event] | None]]):
         self._callbacks, self._phase, self._watchers = callbacks, phase, watchers
 
     def __missing__(self, event: type[Event]) -> tuple[Calls, type[Event] | None]:
+        if not issubclass(event, Event):
+            raise TypeError(
+                f"handle takes an event, as in handle(StepEnd()), and got one of {event}."
+            )
         calls = tuple(
             (callback, self._around(callback, call))
             for callback in self._callbacks
@@ -199,7 +199,7 @@ class Callbacks:
             raise TypeError(f"Expected a list of callbacks, and got {callbacks!r}: write [...].")
         listed = list(callbacks)
         for index, callback in enumerate(listed):
-            _check_callback(callback)
+            checked_callback(callback)
             if any(callback is other for other in listed[:index]):
                 raise ValueError(f"{callback!r} is in the list of callbacks twice.")
         before = self._listed
@@ -249,7 +249,7 @@ class Callbacks:
 
     def replace(self, callback: Callback) -> Callback | None:
         """Puts `callback` where the first of its type was, which is returned; else adds it."""
-        _check_callback(callback)
+        checked_callback(callback)
         old = self.get(type(callback.unwrapped))
         if old is None:
             self.add(callback)
@@ -297,17 +297,34 @@ class Callbacks:
         return f"Callbacks({self._ordered})"
 
 
-def _check_mark(what: str, given: Any, base: type) -> None:
+def check_mark(event: Any, phase: Any) -> None:
+    """Checks that a callback can be called at the event in the phase.
+
+    Raises:
+        TypeError: not an event class, not a phase class, or a phase for `FitBegin`, `FitEnd`.
+    """
+    _check_kind("event", event, Event)
+    _check_kind("phase", phase, Phase)
+    if issubclass(event, (FitBegin, FitEnd)) and phase is not Phase:
+        raise TypeError(f"{event.__name__} happens in no phase: write @on({event.__name__}).")
+
+
+def _check_kind(what: str, given: Any, base: type) -> None:
     if isinstance(given, type) and issubclass(given, base):
         return
     hint = f" Write {type(given).__name__}, without parentheses." if isinstance(given, base) else ""
     raise TypeError(f"@on takes a subclass of {base.__name__} as {what}, and got {given!r}.{hint}")
 
 
-def _check_callback(callback: Any) -> None:
+def checked_callback(callback: Any) -> Callback:
+    """Returns `callback`.
+
+    Raises:
+        TypeError: it is none.
+    """
     if isinstance(callback, Callback):
-        return
-    hint = " Make one of it first: add parentheses." if isinstance(callback, type) else ""
+        return callback
+    hint = first_make(callback)
     if not hint and callable(callback):
         hint = " Make one of a function with FunctionCallback, or `@learner.on(event)`."
     raise TypeError(f"Expected a Callback, and got {callback!r}.{hint}")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TypeAlias
 
+import torch
 from torch import nn
 
 Part: TypeAlias = nn.Module | Iterable[nn.Parameter]
@@ -18,6 +19,9 @@ def freeze(*parts: Part) -> None:
 
     Args:
         parts: modules, or lists of parameters.
+
+    Raises:
+        TypeError: a part is neither.
     """
     for parameter in parameters_of(parts):
         parameter.requires_grad_(False)
@@ -57,6 +61,22 @@ def frozen(*parts: Part) -> Iterator[None]:
 
 
 def parameters_of(parts: Iterable[Part]) -> list[nn.Parameter]:
-    """All parameters of modules and lists."""
-    lists = [part.parameters() if isinstance(part, nn.Module) else part for part in parts]
-    return [parameter for each in lists for parameter in each]
+    """All parameters of modules and lists.
+
+    Raises:
+        TypeError: a part is neither.
+    """
+    return [parameter for part in parts for parameter in _parameters(part)]
+
+
+def _parameters(part: Part) -> list[nn.Parameter]:
+    if isinstance(part, nn.Module):
+        return list(part.parameters())
+    is_several = isinstance(part, Iterable) and not isinstance(part, (str, torch.Tensor, Mapping))
+    parameters = list(part) if is_several else []
+    if not is_several or not all(isinstance(each, torch.Tensor) for each in parameters):
+        raise TypeError(
+            "Expected modules or lists of parameters, as learner.model.critic, "
+            f"and got {part!r:.80}."
+        )
+    return parameters

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from wraploop import named
-from wraploop.callback import Callback, Callbacks, WrittenBy
+from wraploop.callback import Callback, Callbacks, WrittenBy, check_mark
 from wraploop.callbacks.defaults import for_evaluation, with_defaults
 from wraploop.callbacks.function import FunctionCallback
 from wraploop.callbacks.strict import Strict
@@ -29,6 +29,7 @@ from wraploop.events import (
     StepEnd,
 )
 from wraploop.fired import check_fired
+from wraploop.given import whole
 from wraploop.phases import (
     AbstractTrainingPhase,
     Batch,
@@ -112,7 +113,7 @@ class Learner:
         self.model: Any = named.models(model)
         self.optimizer: Any = named.optimizers(self.model, optimizer)
         self.loss_fn: Callable[..., Any] = named.loss_fn(loss_fn)
-        self.data = named.data(data)
+        self.data = data
         self.step, self.in_step = StepState(), False
         self.phase: Any = None  # a Phase while one runs
         self.running: Any = None  # an Epoch while one runs
@@ -144,12 +145,12 @@ class Learner:
                 callback, if there is any. See `resuming`.
 
         Raises:
-            ValueError: `epochs` is no count, there are no batches for a phase, a callback answers
-                an event that none of the phases fires, or the checkpoint is of another fit.
+            TypeError, ValueError: `epochs` is no count, `phases` no list of phases, there are no
+                batches for one, a callback answers an event that none of the phases fires, or the
+                checkpoint is of another fit.
             OSError: there is no such checkpoint.
         """
-        if not isinstance(epochs, int) or epochs < 0:
-            raise ValueError(f"Expected a number of epochs, 0 or more, and got {epochs!r}.")
+        epochs = whole("epochs", epochs, least=0)
         planned = named.planned(phases, self.data)
         if any(isinstance(phase, AbstractTrainingPhase) for phase, _ in planned):
             named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
@@ -338,6 +339,7 @@ class Learner:
             >>> learner.fit(0)
             TrainingPhase is done
         """
+        check_mark(event, phase)  # as it would show too late, and not at all without parentheses
 
         def add(function: _Function) -> _Function:
             callback = FunctionCallback(function, event, phase, reads=reads, writes=writes)
@@ -382,6 +384,16 @@ class Learner:
     def calls(self, callback: Callback) -> bool:
         """Whether it is one of the learner's callbacks now."""
         return any(each.unwrapped is callback for each in self.callbacks)
+
+    @property
+    def data(self) -> dict[str, Batches]:
+        """Batches by name; set as `Learner` takes them."""
+        data: dict[str, Batches] = vars(self)["data"]
+        return data
+
+    @data.setter
+    def data(self, data: Batches | Mapping[str, Batches] | None) -> None:
+        vars(self)["data"] = named.data(data)
 
     @property
     def models(self) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ from wraploop.callbacks.defaults import changes_steps
 from wraploop.callbacks.meters import rows_of
 from wraploop.callbacks.scheduler import optimizer_called
 from wraploop.events import CancelEpoch, StepBegin, StepEnd
+from wraploop.given import check_numbers, whole
 from wraploop.phases import Phase, TrainingPhase
 from wraploop.plots import plot_lr_find
 from wraploop.rehearsal import rehearsed
@@ -103,10 +104,10 @@ def lr_find(
     """
     phase = phase or TrainingPhase()
     batches = named.batches(phase, learner.data) if batches is None else batches
-    if not 0 < start < end or steps < 2:
-        raise ValueError(
-            f"Expected 0 < start < end and 2 steps, and got {start=}, {end=}, {steps=}."
-        )
+    whole("steps", steps, least=2)
+    check_numbers(start=start, end=end, stop_factor=stop_factor)
+    if not 0 < start < end:
+        raise ValueError(f"Expected 0 < start < end, and got {start=}, {end=}.")
     if isinstance(batches, Iterator):
         raise ValueError("The batches are an iterator, which a sweep would use up. Give a list.")
     optimizer_called(learner, optimizer)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import Any, TypeAlias
 
 from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, IterableDataset
 
+from wraploop.given import first_make
 from wraploop.phases import Phase, checked_phase, no_loss_fn, standard_phases
 from wraploop.running import Batches
 
@@ -84,8 +86,7 @@ def loss_fn(given: Any) -> Callable[..., Any]:
     if given is None:
         return no_loss_fn
     if isinstance(given, type) or not callable(given):
-        hint = " Make one of it first: add parentheses." if isinstance(given, type) else ""
-        raise TypeError(f"Expected a loss function, and got {given!r}.{hint}")
+        raise TypeError(f"Expected a loss function, and got {given!r}.{first_make(given)}")
     return given
 
 
@@ -211,8 +212,10 @@ def planned(
     Raises:
         TypeError: `phases` is one phase, not a list.
     """
-    if isinstance(phases, Phase):
-        raise TypeError(f"Expected a list of phases, and got {phases!r}: write [{phases.name}()].")
+    kind = phases if isinstance(phases, type) else type(phases)
+    if issubclass(kind, (Phase, str)) or not isinstance(phases, Iterable):
+        write = f": write [{kind.__name__}()]" if issubclass(kind, Phase) else ""
+        raise TypeError(f"Expected a list of phases, and got {phases!r}{write}.")
     pairs = [p if isinstance(p, tuple) else (p, batches(p, data)) for p in phases]
     if pairs:
         return [(checked_phase(phase), over) for phase, over in pairs]
@@ -226,9 +229,11 @@ def batches(phase: Phase, data: Mapping[str, Batches]) -> Batches:
         ValueError: there are none under the name in `phase.data`.
     """
     if checked_phase(phase).data not in data:
+        near = get_close_matches(phase.data, map(str, data), n=1)
+        meant = f" Is one of {near[0]!r} and {phase.data!r} misspelt?" if near else ""
         raise ValueError(
             f"{phase.name} has no batches: it runs over {phase.data!r} data, and there is "
-            f"{', '.join(map(repr, data)) or 'none'}. Give some to Learner(data=...) or "
+            f"{', '.join(map(repr, data)) or 'none'}.{meant} Give some to Learner(data=...) or "
             "to the call: `epoch(phase, batches)`, `fit(epochs, [(phase, batches)])`."
         )
     return data[phase.data]

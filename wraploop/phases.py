@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from wraploop.events import BackwardBegin, BackwardEnd, Event, LossBegin
+from wraploop.given import check_names, first_make
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -44,8 +45,10 @@ class Phase(ABC):
             cls.fires = None
         if "name" not in vars(cls):
             cls.name = cls.__name__
-        if isinstance(cls.losses, str):
-            raise TypeError(f"{cls.__name__}.losses is a tuple of names; write ({cls.losses!r},).")
+        check_names(f"{cls.__name__}.losses", cls.losses)
+        if isinstance(cls.fires, type):
+            name = cls.fires.__name__
+            raise TypeError(f"{cls.__name__}.fires is a tuple of events; write ({name},).")
 
     @abstractmethod
     def step(self, learner: Learner, batch: Batch) -> None:
@@ -179,8 +182,7 @@ def checked_phase(phase: Any) -> Phase:
     """
     if isinstance(phase, Phase):
         return phase
-    hint = " Make one of it first: add parentheses." if isinstance(phase, type) else ""
-    raise TypeError(f"Expected a Phase, and got {phase!r}.{hint}")
+    raise TypeError(f"Expected a Phase, and got {phase!r}.{first_make(phase)}")
 
 
 def no_loss_fn(*_: Any) -> Any:

@@ -12,6 +12,7 @@ from torch import nn
 from wraploop import named
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
 from wraploop.freezing import Part, frozen
+from wraploop.given import check_numbers, whole
 from wraploop.parameter_groups import by_layer, grouped
 from wraploop.phases import AbstractTrainingPhase, Phase
 from wraploop.running import Batches
@@ -70,8 +71,12 @@ def fit_one_cycle(
         (0.01, 0.1, 0.001)
     """
     planned = named.planned(phases, learner.data)
-    steps = epochs * sum(_length(*pair) for pair in planned if _trains(pair[0]))
+    steps = whole("epochs", epochs, least=0) * sum(
+        _length(*pair) for pair in planned if _trains(pair[0])
+    )
     rates = _by_optimizer(learner, max_lr)
+    for rate in rates.values():
+        check_numbers(max_lr=rate)
     options = {"warmup": warmup, "div": div, "final_div": final_div}
     schedulers = [
         Scheduler(name, lr=one_cycle(max(steps, 1), rate, **options))

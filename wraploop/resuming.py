@@ -82,6 +82,8 @@ def resumption_of(
     """
     if resume is None:
         return None
+    if not isinstance(resume, (str, PathLike)):
+        raise TypeError(f"resume is 'auto', or the path of a checkpoint, and got {resume!r}.")
     path = _newest(learner) if resume == AUTO else Path(resume)
     if path is None:
         return None

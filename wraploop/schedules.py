@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from wraploop.given import check_numbers, whole
+
 Schedule = Callable[[int], float]
 
 
@@ -39,10 +41,12 @@ def one_cycle(
         >>> [round(rate(step), 6) for step in (0, 25, 50, 100, 200)]
         [0.004, 0.1, 0.075025, 0.0001, 0.0001]
     """
-    if steps < 1 or not 0 <= warmup <= 1 or not min(maximum, div, final_div) > 0:
+    whole("steps", steps)
+    check_numbers(maximum=maximum, warmup=warmup, div=div, final_div=final_div)
+    if not 0 <= warmup <= 1 or not min(maximum, div, final_div) > 0:
         raise ValueError(
-            "Expected at least 1 step, a warmup from 0 to 1, and the rest above 0, and got "
-            f"{steps=}, {maximum=}, {warmup=}, {div=}, {final_div=}."
+            "Expected a warmup from 0 to 1, and the rest above 0, and got "
+            f"{maximum=}, {warmup=}, {div=}, {final_div=}."
         )
     last = steps - 1
     peak = round(warmup * last)

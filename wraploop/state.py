@@ -56,9 +56,15 @@ def put_state(learner: Learner, state: Mapping[str, Any]) -> None:
     Callbacks that are not in it start afresh.
 
     Raises:
-        ValueError: other models or optimizers; nothing has been changed then.
+        ValueError: no learner's state, other models or optimizers; nothing has been changed then.
         RuntimeError: weights do not fit; nothing has been changed then.
     """
+    missing = {"models", "optimizers", "callbacks"} - state.keys()
+    if missing:
+        raise ValueError(
+            f"Expected what Learner.state_dict() returns, and got no {', '.join(sorted(missing))}. "
+            "The state of a model alone is loaded by learner.model.load_state_dict(state)."
+        )
     _check_models(learner, state["models"])
     _check_optimizers(learner, state["optimizers"])
     for name, model in _modules(learner):

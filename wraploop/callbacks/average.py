@@ -13,6 +13,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
 from wraploop.callbacks.updates import AroundUpdates, has_update, parameters_of
+from wraploop.given import check_names, check_numbers
 from wraploop.named import plain_key
 
 if TYPE_CHECKING:
@@ -55,6 +56,8 @@ class EMA(AroundUpdates):
 
     def __init__(self, decay: float = 0.999, *, models: tuple[str, ...] = ()) -> None:
         super().__init__()
+        check_numbers(decay=decay)
+        check_names("EMA.models", models)
         if not 0 <= decay < 1:
             raise ValueError(f"The decay is at least 0 and below 1, and got {decay}.")
         self.decay, self.models = decay, models

@@ -18,6 +18,7 @@ from wraploop.callbacks.leaving import EXIT_STATUS, Leaving
 from wraploop.callbacks.watched import Watched
 from wraploop.checkpoint import Writer, check_replaced, copied, steps_of
 from wraploop.events import CancelFit, EpochEnd, FitBegin, FitEnd, StepEnd
+from wraploop.given import check_numbers, whole
 from wraploop.phases import AbstractTrainingPhase, Phase
 
 if TYPE_CHECKING:
@@ -84,19 +85,17 @@ class Checkpoints(Callback):
         every_steps: int | None = None,
         leave_within_s: float = 10.0,
     ) -> None:
-        counts = every_epochs, keep_latest, 1 if every_steps is None else every_steps
-        if mode not in ("min", "max") or min(counts) < 1 or (keep_top_k or 0) < 0:
-            raise ValueError(
-                "Expected mode 'min' or 'max', every_epochs, every_steps and keep_latest at least "
-                f"1 and keep_top_k at least 0, and got {mode=}, {every_epochs=}, {every_steps=}, "
-                f"{keep_latest=}, {keep_top_k=}."
-            )
+        if mode not in ("min", "max"):
+            raise ValueError(f"Expected the mode 'min' or 'max', and got {mode!r}.")
+        check_numbers(leave_within_s=leave_within_s)
         if Path(folder).exists() and not Path(folder).is_dir():
             raise ValueError(f"Checkpoints go to a folder, and {str(folder)!r} is a file.")
         self.folder, self.mode = Path(folder).absolute(), mode
         self.watched = Watched(metric, phase)
-        self.keep_top_k, self.keep_latest = keep_top_k, keep_latest
-        self.every_epochs, self.every_steps = every_epochs, every_steps
+        self.keep_top_k = None if keep_top_k is None else whole("keep_top_k", keep_top_k, least=0)
+        self.keep_latest = whole("keep_latest", keep_latest)
+        self.every_epochs = whole("every_epochs", every_epochs)
+        self.every_steps = None if every_steps is None else whole("every_steps", every_steps)
         self.saved: list[Saved] = []
         if metric is None:
             self.reads = tuple(name for name in self.reads if name != "metrics")

@@ -16,6 +16,8 @@ from typing import Any
 
 from typing_extensions import override
 
+from wraploop.given import whole
+
 
 class Criterion(ABC):
     """Says after an epoch whether to stop; losses are to become small."""
@@ -229,5 +231,4 @@ def _above(loss: float, lowest: float) -> float:
 
 
 def _check_count(epochs: int) -> None:
-    if epochs < 1:
-        raise ValueError(f"Expected at least 1 epoch, and got {epochs}.")
+    whole("epochs", epochs)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from wraploop.callback import Callback
 from wraploop.callbacks.loggers import Kind, Logger
+from wraploop.given import first_make
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -25,25 +26,13 @@ def checked_loggers(
         raise ValueError(f"{name} has no logger: give one that takes {kind}.")
     for logger in loggers:
         if not isinstance(logger, Logger):
-            hint = " Make one of it first: add parentheses." if isinstance(logger, type) else ""
-            raise TypeError(f"{name} expected a Logger, and got {logger!r}.{hint}")
+            raise TypeError(f"{name} expected a Logger, and got {logger!r}.{first_make(logger)}")
         if kind not in logger.takes:
             raise ValueError(
                 f"{name} logs {kind}, and {logger!r} takes {', '.join(sorted(logger.takes))}. "
                 f"Give a logger that takes {kind}."
             )
     return loggers
-
-
-def at_least_one(name: str, every: int) -> int:
-    """How often something is logged.
-
-    Raises:
-        ValueError: it is below 1.
-    """
-    if every < 1:
-        raise ValueError(f"{name} is at least 1, and got {every}.")
-    return every
 
 
 def is_due(learner: Learner, loggers: tuple[Logger, ...], every_steps: int) -> bool:

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from wraploop.callback import Callback, Handler, on
 from wraploop.events import Event
+from wraploop.given import check_names
 from wraploop.phases import Phase
 
 if TYPE_CHECKING:
@@ -43,6 +44,10 @@ class FunctionCallback(Callback):
         writes: tuple[str, ...] = (),
     ) -> None:
         on(event, phase)  # which raises if there are none such
+        check_names("FunctionCallback.reads", reads)
+        check_names("FunctionCallback.writes", writes)
+        if not callable(function):
+            raise TypeError(f"Expected a function of the learner, and got {function!r}.")
         self.function, self.reads, self.writes = function, reads, writes
         self._moment = event, phase
 

@@ -9,6 +9,7 @@ import torch
 
 from wraploop.callback import Callback, on
 from wraploop.events import StepEnd
+from wraploop.given import whole
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -26,9 +27,8 @@ class GarbageCollect(Callback):
     """
 
     def __init__(self, every_steps: int = 100, *, empty_cache: bool = False) -> None:
-        if every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, and got {every_steps}.")
-        self.every_steps, self.empty_cache = every_steps, empty_cache
+        self.every_steps = whole("every_steps", every_steps)
+        self.empty_cache = empty_cache
         self._steps = 0
 
     @on(StepEnd)

@@ -16,6 +16,7 @@ from wraploop.callback import on
 from wraploop.callbacks.meters import rows_of
 from wraploop.callbacks.updates import AroundUpdates, LateUpdateBegin, LateUpdateEnd, parameters_of
 from wraploop.events import EpochEnd
+from wraploop.given import check_numbers, whole
 from wraploop.phases import AbstractTrainingPhase
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ClipGradients(AroundUpdates):
         norm_type: float = 2.0,
     ) -> None:
         super().__init__()
+        check_numbers(max_norm=max_norm, max_value=max_value, norm_type=norm_type)
         if not (max_norm > 0 and max_value > 0) or max_norm == max_value == float("inf"):
             raise ValueError(
                 "Give a positive bound, max_norm or max_value or both, "
@@ -91,12 +93,9 @@ class AccumulateGradients(AroundUpdates):
 
     def __init__(self, steps: int, *, reduction: str = "mean") -> None:
         super().__init__()
-        if steps < 1 or reduction not in ("mean", "sum"):
-            raise ValueError(
-                "Expected at least 1 step, and the reduction 'mean' or 'sum', "
-                f"and got {steps=}, {reduction=}."
-            )
-        self.steps, self.reduction = steps, reduction
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"Expected the reduction 'mean' or 'sum', and got {reduction!r}.")
+        self.steps, self.reduction = whole("steps", steps), reduction
         self._sums: dict[str, _Sum] = {}
         self._is_flushing = False
         self._taken: dict[Tensor, Tensor] = {}

@@ -10,9 +10,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from wraploop.callback import Callback, Handler, on
-from wraploop.callbacks.due import at_least_one, checked_loggers, is_due
+from wraploop.callbacks.due import checked_loggers, is_due
 from wraploop.callbacks.loggers import Logger
 from wraploop.events import EpochEnd, StepEnd
+from wraploop.given import whole
 from wraploop.phases import AbstractTrainingPhase, Phase, ValidationPhase
 from wraploop.processes import random_state
 
@@ -34,7 +35,7 @@ class LogHistograms(Callback):
 
     def __init__(self, *loggers: Logger, every_steps: int = 100) -> None:
         self.loggers = checked_loggers(self, loggers, "histograms")
-        self.every_steps = at_least_one("every_steps", every_steps)
+        self.every_steps = whole("every_steps", every_steps)
 
     @on(StepEnd, AbstractTrainingPhase)
     def log(self, learner: Learner) -> None:
@@ -79,7 +80,7 @@ class LogImages(Callback):
         reads: tuple[str, ...] = ("model",),
     ) -> None:
         self.loggers = checked_loggers(self, loggers, "images")
-        self.every_epochs = at_least_one("every_epochs", every_epochs)
+        self.every_epochs = whole("every_epochs", every_epochs)
         self.function, self.name, self.phase = function, name, phase
         self.reads = ("history", *dict.fromkeys(("model", *reads)))
 

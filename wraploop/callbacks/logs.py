@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from wraploop.callback import Callback, on
-from wraploop.callbacks.due import at_least_one, checked_loggers, is_due
+from wraploop.callbacks.due import checked_loggers, is_due
 from wraploop.callbacks.loggers import Logger, Setting, checked_configuration
 from wraploop.events import EpochEnd, FitBegin, StepEnd
+from wraploop.given import whole
 from wraploop.phases import AbstractTrainingPhase
 from wraploop.running import number
 
@@ -42,7 +43,7 @@ class LogMetrics(Callback):
 
     def __init__(self, *loggers: Logger, every_steps: int = 1) -> None:
         self.loggers = checked_loggers(self, loggers, "numbers")
-        self.every_steps = at_least_one("every_steps", every_steps)
+        self.every_steps = whole("every_steps", every_steps)
 
     @on(StepEnd, AbstractTrainingPhase)
     def log_step(self, learner: Learner) -> None:
@@ -97,7 +98,7 @@ class LogHyperparameters(Callback):
         configuration: Mapping[str, Setting] | None = None,
     ) -> None:
         self.loggers = checked_loggers(self, loggers, "numbers")
-        self.every_steps = at_least_one("every_steps", every_steps)
+        self.every_steps = whole("every_steps", every_steps)
         self._configuration = checked_configuration(configuration or {})
         self._logged: dict[str, float] = {}
 
@@ -139,7 +140,7 @@ class LogTraces(Callback):
 
     def __init__(self, *loggers: Logger, every_steps: int = 1) -> None:
         self.loggers = checked_loggers(self, loggers, "numbers")
-        self.every_steps = at_least_one("every_steps", every_steps)
+        self.every_steps = whole("every_steps", every_steps)
 
     @on(StepEnd, AbstractTrainingPhase)
     def log(self, learner: Learner) -> None:

@@ -14,6 +14,7 @@ from wraploop.callback import Callback, on
 from wraploop.callbacks.meters import FunctionMeter, LossMeter, StateMeter, rows_of
 from wraploop.callbacks.records import ByPhase, Series
 from wraploop.events import EpochBegin, EpochEnd, StepEnd
+from wraploop.given import check_names, first_make
 from wraploop.phases import Phase
 
 if TYPE_CHECKING:
@@ -101,8 +102,9 @@ class Metric:
         reads: tuple[str, ...] = ("outputs", "targets"),
     ) -> None:
         if not callable(of) or isinstance(of, type):
-            hint = " Make one of it first: add parentheses." if isinstance(of, type) else ""
-            raise TypeError(f"Expected a function or a torchmetrics object, and got {of!r}.{hint}")
+            what = "Expected a function or a torchmetrics object"
+            raise TypeError(f"{what}, and got {of!r}.{first_make(of)}")
+        check_names("Metric.reads", reads)
         self.of, self.phase, self.reads = of, phase, reads
         self.name = name or getattr(of, "__name__", type(of).__name__.lower())
 

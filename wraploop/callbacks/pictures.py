@@ -11,6 +11,7 @@ from torch import Tensor
 from wraploop import processes
 from wraploop.callback import Callback, on
 from wraploop.events import EpochEnd, FitBegin, FitEnd
+from wraploop.given import check_names, whole
 from wraploop.images import image_grid, save_image
 from wraploop.phases import AbstractTrainingPhase, Phase, ValidationPhase
 from wraploop.plots import plot_metrics, save_figure
@@ -37,7 +38,7 @@ class PlotMetrics(Callback):
     reads = ("history", "metrics", "phases")
 
     def __init__(self, path: str | Path, every_epochs: int = 1) -> None:
-        self.path, self.every_epochs = Path(path), _checked(every_epochs)
+        self.path, self.every_epochs = Path(path), whole("every_epochs", every_epochs)
         self._in_fit = self._has_news = False
 
     @on(FitBegin)
@@ -113,7 +114,11 @@ class SaveImages(Callback):
     ) -> None:
         if (columns is not None and columns < 1) or scale < 1:
             raise ValueError(f"`columns` and `scale` are at least 1, got {columns=}, {scale=}.")
-        self.folder, self.function, self.every_epochs = folder, function, _checked(every_epochs)
+        if not callable(function):
+            raise TypeError(f"Expected a function of the learner, and got {function!r}.")
+        check_names("SaveImages.reads", reads)
+        self.folder, self.function = Path(folder), function
+        self.every_epochs = whole("every_epochs", every_epochs)
         self.phase, self.name, self.columns, self.scale = phase, name, columns, scale
         self.reads = ("history", "model", *reads)
 
@@ -127,13 +132,7 @@ class SaveImages(Callback):
         with ValidationPhase().mode(learner.models.values()), random_state.kept():
             grid = image_grid(self.function(learner), self.columns, scale=self.scale)
         if processes.is_main_process():
-            save_image(Path(self.folder) / f"{self.name}_{epoch:04d}.png", grid)
+            save_image(self.folder / f"{self.name}_{epoch:04d}.png", grid)
 
     def __repr__(self) -> str:
         return f"SaveImages({str(self.folder)!r})"
-
-
-def _checked(every_epochs: int) -> int:
-    if every_epochs < 1:
-        raise ValueError(f"`every_epochs` is at least 1, and got {every_epochs}.")
-    return every_epochs

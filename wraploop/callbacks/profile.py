@@ -11,6 +11,7 @@ from torch.profiler import profile, record_function
 from wraploop import processes
 from wraploop.callback import Callback, on
 from wraploop.events import EpochEnd, FitBegin, FitEnd, StepBegin, StepEnd
+from wraploop.given import whole
 from wraploop.phases import AbstractTrainingPhase
 
 if TYPE_CHECKING:
@@ -42,11 +43,7 @@ class TorchProfiler(Callback):
     def __init__(
         self, folder: str | Path, first_step: int = 2, steps: int = 3, **options: Any
     ) -> None:
-        if first_step < 1 or steps < 1:
-            raise ValueError(
-                f"Steps are counted from 1, and at least 1 is profiled; got {first_step=}, "
-                f"{steps=}."
-            )
+        first_step, steps = whole("first_step", first_step), whole("steps", steps)
         known = set(inspect.signature(profile).parameters) - {"schedule", "on_trace_ready"}
         unknown = sorted(set(options) - known)
         if unknown:

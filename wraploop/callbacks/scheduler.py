@@ -237,7 +237,9 @@ def optimizer_called(learner: Learner, name: str) -> Optimizer:
         return there[name]
     if name or len(there) > 1:
         said = f"There is no optimizer {name!r}" if name else "There are several optimizers"
-        raise ValueError(f"{said}: name one of {', '.join(there)}, as in `Scheduler('name', ...)`.")
+        raise ValueError(
+            f"{said}: name one of {', '.join(there)}, as optimizer={next(iter(there))!r}."
+        )
     return next(iter(there.values()))
 
 

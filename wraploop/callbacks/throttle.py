@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import override
 
 from wraploop import processes
-from wraploop.callback import Call, Callback, Handler
+from wraploop.callback import Call, Callback, Handler, checked_callback
 from wraploop.events import Event
+from wraploop.given import check_numbers, whole
 
 if TYPE_CHECKING:
     from wraploop.learner import Learner
@@ -132,10 +133,13 @@ def _check(
 ) -> None:
     if (every is None) == (every_s is None):
         raise ValueError("Throttle by count or by time: give one of `every` and `every_s`.")
-    if (every is not None and every < 1) or (every_s is not None and every_s < 0):
-        raise ValueError(
-            f"`every` is at least 1, `every_s` at least 0, and got {every=}, {every_s=}."
-        )
+    checked_callback(callback)
+    if every is not None:
+        whole("every", every)
+    if every_s is not None:
+        check_numbers(every_s=every_s)
+        if every_s < 0:
+            raise ValueError(f"every_s is at least 0, and got {every_s}.")
     answered = {on_event for on_event, _, _ in callback.handlers()}
     if not any(issubclass(event, each) or issubclass(each, event) for each in answered):
         names = ", ".join(sorted(each.__name__ for each in answered)) or "nothing"

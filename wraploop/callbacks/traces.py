@@ -12,6 +12,7 @@ from typing_extensions import override
 from wraploop.callback import Callback, Handler
 from wraploop.callbacks.records import ByPhase
 from wraploop.events import StepEnd
+from wraploop.given import check_names
 from wraploop.phases import Phase
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class Traces(Callback):
 
     Raises:
         ValueError: there are no functions.
+        TypeError: they are not functions by name.
 
     Examples:
         >>> Traces({"margin": lambda learner: learner.step.outputs.std().item()})
@@ -52,6 +54,10 @@ class Traces(Callback):
         phase: type[Phase] = Phase,
         reads: tuple[str, ...] = ("model", "optimizer", "step"),
     ) -> None:
+        check_names("Traces.reads", reads)
+        if not isinstance(functions, Mapping) or not all(map(callable, functions.values())):
+            example = "Traces({'name': function})"
+            raise TypeError(f"Expected functions by name, as in {example}, and got {functions!r}.")
         if not functions:
             raise ValueError("Give functions of the learner by name: Traces({'name': function}).")
         self.functions, self.phase = dict(functions), phase

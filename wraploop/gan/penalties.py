@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from wraploop.given import check_numbers, whole
+
 
 class CriticHalf(NamedTuple):
     """What a critic's penalty may look at; `real` has a gradient, `fake` comes without a graph."""
@@ -44,8 +46,8 @@ class Penalty(ABC):
     every_steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.every_steps < 1:
-            raise ValueError(f"every_steps is at least 1, and got {self.every_steps}.")
+        check_numbers(weight=self.weight)
+        self.every_steps = whole("every_steps", self.every_steps)
 
     def __call__(self, half: Any) -> Tensor:
         """The weighted term, 0-dim."""

@@ -18,6 +18,7 @@ from wraploop.gan.penalties import (
     GeneratorPenalty,
     Penalty,
 )
+from wraploop.given import first_make, whole
 from wraploop.phases import AbstractTrainingPhase, Batch
 
 if TYPE_CHECKING:
@@ -83,8 +84,11 @@ class GANTraining(AbstractTrainingPhase):
         penalties: Iterable[Penalty] = (),
         reuse_fakes: bool = False,
     ) -> None:
-        self.latent_size, self.loss, self.critic_steps = latent_size, loss, critic_steps
-        self.reuse_fakes = reuse_fakes
+        self.latent_size = whole("latent_size", latent_size)
+        self.critic_steps = whole("critic_steps", critic_steps)
+        self.loss, self.reuse_fakes = loss, reuse_fakes
+        if isinstance(penalties, Penalty):
+            raise TypeError(f"Expected a list of penalties, and got {penalties!r}: write [...].")
         self.penalties = list(penalties)
         self.critic_updates = self.generator_updates = 0
         _check(self)
@@ -195,13 +199,12 @@ def _samples(batch: Batch) -> Tensor:
 
 
 def _check(phase: GANTraining) -> None:
-    if phase.latent_size < 1 or phase.critic_steps < 1:
-        raise ValueError(
-            "latent_size and critic_steps are at least 1, "
-            f"and got {phase.latent_size} and {phase.critic_steps}."
-        )
     if not isinstance(phase.loss, AdversarialLoss):
-        raise TypeError(f"Expected a loss such as Hinge(), and got {phase.loss!r}.")
+        raise TypeError(
+            f"Expected a loss such as Hinge(), and got {phase.loss!r}.{first_make(phase.loss)}"
+        )
     for penalty in phase.penalties:
         if not isinstance(penalty, (CriticPenalty, GeneratorPenalty)):
-            raise TypeError(f"Expected a penalty such as R1(), and got {penalty!r}.")
+            raise TypeError(
+                f"Expected a penalty such as R1(), and got {penalty!r}.{first_make(penalty)}"
+            )
