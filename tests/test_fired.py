@@ -102,6 +102,22 @@ def test_methods_without_a_mark_are_an_error():
         learner(Named()).fit(1)
 
 
+def test_methods_named_as_elsewhere_are_an_error_whatever_they_take():
+    class Lightnings(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            pass
+
+    class Fastais(Callback):
+        def after_batch(self):
+            pass
+
+    for callback, name in ((Lightnings(), "on_train_epoch_end"), (Fastais(), "after_batch")):
+        with pytest.raises(
+            ValueError, match=rf"none of its methods \({name}\) says at which event"
+        ):
+            learner(callback).fit(1)
+
+
 def test_a_callback_that_only_keeps_a_state_is_none():
     class Keeps(Callback):
         kept = 0

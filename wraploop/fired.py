@@ -19,6 +19,7 @@ from wraploop.events import (
 from wraploop.phases import Phase
 
 _OTHER_USES = ("handlers", "called_at", "attach", "around", "state_dict")
+_MOMENTS = ("on_", "before_", "after_")  # as Lightning, Keras and fastai name methods
 _ALWAYS = (FitBegin, FitEnd, EpochBegin, EpochEnd, StepBegin, StepEnd)
 
 
@@ -52,7 +53,7 @@ def _check_marked(callback: Callback) -> None:
     kind = type(callback)
     is_other = any(getattr(kind, name) is not getattr(Callback, name) for name in _OTHER_USES)
     methods = [name for name in dir(kind) if name[0] != "_" and not hasattr(Callback, name)]
-    own = [name for name in methods if _takes_a_learner(inspect.getattr_static(kind, name))]
+    own = [name for name in methods if _is_meant(name, inspect.getattr_static(kind, name))]
     if own and not is_other and not callback.handlers():
         raise ValueError(
             f"{callback!r} is never called: none of its methods ({', '.join(own)}) says at which "
@@ -60,10 +61,15 @@ def _check_marked(callback: Callback) -> None:
         )
 
 
-def _takes_a_learner(member: Any) -> bool:
-    """Whether it is a method that can be called as marked ones are: with the learner alone."""
+def _is_meant(name: str, member: Any) -> bool:
+    """Whether it is a method that is called as other libraries call theirs, or as marked ones are.
+
+    Those have names of moments, those here take the learner alone.
+    """
     if not inspect.isfunction(member):
         return False
+    if name.startswith(_MOMENTS):
+        return True
     try:
         inspect.signature(member).bind(None, None)
     except TypeError:
