@@ -1,5 +1,7 @@
 """What is given is looked at where it is given, and the message says what was expected."""
 
+# pyright: reportArgumentType=false
+
 import pytest
 import torch
 from torch import nn
