@@ -119,7 +119,7 @@ class Channel:
             text = f"{doing}, with the {', '.join(whats)}"
         if self._watch:
             self._watch.doing = text
-        own = Frame(text, [number for fact in facts for number in fact.numbers]).packed()
+        own = Frame(text, [number for fact in facts for number in fact.told()]).packed()
         parts = [own, *(p if isinstance(p, bytes) else view_of(p) for p in payload)]
         everyone = self._waited(lambda: self._wire().gather(parts, self._timeout_s))
         for message in everyone:
@@ -183,10 +183,11 @@ class Channel:
                 f"{lines}\nEvery process must run the same step on the same batch; models that "
                 "threads run at once each need a process group of their own."
             )
-        each = [fact for fact in facts for _ in fact.numbers]
         for rank, frame in enumerate(frames):
-            for fact, mine, theirs in zip(each, first.facts, frame.facts, strict=True):
-                if not fact.is_alike(mine, theirs):
+            at = 0
+            for fact in facts:
+                begin, at = at, at + len(fact.told())
+                if not _are_alike(first.facts[begin:at], frame.facts[begin:at]):
                     raise PeerError(
                         f"Rank {rank} has another {fact.what} than rank 0. {fact.advice}"
                     )
@@ -235,10 +236,19 @@ class Fact(NamedTuple):
     rel_tol: float
     abs_tol: float
 
-    def is_alike(self, one: float, other: float) -> bool:
-        """Whether two ranks' numbers may be called the same."""
-        is_close = math.isclose(one, other, rel_tol=self.rel_tol, abs_tol=self.abs_tol)
-        return is_close or (math.isnan(one) and math.isnan(other))
+    def told(self) -> list[float]:
+        """What the others are told of it: how far apart its numbers may be, and those."""
+        return [self.rel_tol, self.abs_tol, *self.numbers]
+
+
+def _are_alike(first: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether two ranks' numbers may be called the same: as the first has it, so alike on all."""
+    rel_tol, abs_tol = first[:2]
+    return all(
+        math.isclose(one, another, rel_tol=rel_tol, abs_tol=abs_tol)
+        or (math.isnan(one) and math.isnan(another))
+        for one, another in zip(first[2:], other[2:], strict=True)
+    )
 
 
 class Frame(NamedTuple):
