@@ -132,6 +132,13 @@ def main() -> None:
                 with torch.no_grad():
                     large.weight[1].mul_(1 + 1e-4 * RANK)
 
+    def make_coarser_on_one() -> None:
+        model = DistributedModel(nn.Linear(3, 1), timeout_s=3)
+        for k in range(4):
+            if k == 1 and RANK:
+                model.half()
+            model(x.to(model.weight.dtype))
+
     def round_otherwise() -> None:
         """On rank 1, as another processor may: the last digits go up or down in each step."""
         draw = torch.Generator().manual_seed(0)
@@ -216,6 +223,10 @@ def main() -> None:
         "another graph": lambda: create_graph_on_one(model, x),
         "another graph, own rows": lambda: create_graph_on_one(deep_local, x + RANK),
         "wrapped twice": lambda: DistributedModel(model),
+        "another dtype": make_coarser_on_one,
+        "another option": lambda: DistributedModel(
+            nn.Linear(3, 1), batch="local", reduction=("mean", "sum")[RANK]
+        ),
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
     }
     for name, fault in faults.items():

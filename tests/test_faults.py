@@ -45,6 +45,8 @@ EXPECTED = {
     "another graph": ("PeerError The processes do different ",) * 2,
     "another graph, own rows": (r"PeerError The processes do different .*in buckets",) * 2,
     "wrapped twice": ("ValueError The model is a DistributedModel already",) * 2,
+    "another dtype": ("PeerError ",) * 2,
+    "another option": ("ValueError .*reduction='mean', where rank 1 has .*reduction='sum'",) * 2,
     "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
     * 2,
 }

@@ -122,7 +122,9 @@ class DistributedModel(ModelWrapper):
             self._number = numbered(process_group)
         channel = self._channel()
         if channel is not None:
-            check_same_model(module, channel)
+            names = "batch", "reduction", "sync_batchnorm", "reduce_dtype", "reduce_at"
+            options = [f"the option {name}={getattr(self, name)!r}" for name in names]
+            check_same_model(module, channel, options)
             broadcast(module, channel)
             if batch == "global":
                 processes.align_random_state(channel)

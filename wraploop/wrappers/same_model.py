@@ -15,7 +15,7 @@ import functools
 import math
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -100,13 +100,18 @@ def _last_digit(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype.is_floating_point or dtype.is_complex else 0.0
 
 
-def check_same_model(module: nn.Module, channel: Channel) -> None:
+def check_same_model(module: nn.Module, channel: Channel, options: Sequence[str] = ()) -> None:
     """Checks that all processes have modules with the same parameters and buffers, in order.
+
+    Args:
+        module: the module.
+        channel: the way to the others.
+        options: what else must be the same, as the error says it.
 
     Raises:
         ValueError: on every rank, naming the first rank that differs from rank 0, and where.
     """
-    described = "\n".join(_described(module))
+    described = "\n".join([*options, *_described(module)])
     received = channel.exchange("compare models", _bytes(described))
     texts = [bytes(text.numpy()).decode().split("\n") for text in received]
     for rank, lines in enumerate(texts):
