@@ -94,6 +94,7 @@ def main() -> None:
     counting = DistributedModel(Returning(lambda x: (x, len(x))), timeout_s=3)
     sparse = DistributedModel(Returning(torch.Tensor.to_sparse), timeout_s=3)
     late = DistributedModel(nn.Linear(3, 1), timeout_s=3)
+    coarse = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     large = DistributedModel(nn.Linear(2000, 3), timeout_s=3)
     local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
 
@@ -133,11 +134,10 @@ def main() -> None:
                     large.weight[1].mul_(1 + 1e-4 * RANK)
 
     def make_coarser_on_one() -> None:
-        model = DistributedModel(nn.Linear(3, 1), timeout_s=3)
         for k in range(4):
             if k == 1 and RANK:
-                model.half()
-            model(x.to(model.weight.dtype))
+                coarse.half()
+            coarse(x.to(coarse.weight.dtype))
 
     def round_otherwise() -> None:
         """On rank 1, as another processor may: the last digits go up or down in each step."""
