@@ -77,10 +77,10 @@ def main() -> None:
             with torch.no_grad():
                 late.weight.add_(RANK if k == 7 else 1)
 
-    def train_and_evaluate() -> None:
+    def train_and_evaluate(model: DistributedModel) -> None:
         model.train(RANK == 0)
         try:
-            model(x)
+            model(x + RANK if model is local else x)
         finally:
             model.train()
 
@@ -200,7 +200,8 @@ def main() -> None:
         "another batch": lambda: model(x + RANK),
         "another flag": flag_one,
         "another shape": lambda: model(torch.randn(6, 3 + 2 * RANK)),
-        "another mode": train_and_evaluate,
+        "another mode": lambda: train_and_evaluate(model),
+        "another mode, own rows": lambda: train_and_evaluate(local),
         "another loss": lambda: (model(x) * (RANK + 1)).sum().backward(),
         "no backward": go_on_without_backward,
         "an error in forward": lambda: refusing(x),

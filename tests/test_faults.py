@@ -13,6 +13,7 @@ EXPECTED = {
         "RuntimeError mat1 and mat2",
     ),
     "another mode": (r"PeerError The processes do different things.*\(evaluation\)",) * 2,
+    "another mode, own rows": (r"PeerError .*\(evaluation, not under torch.no_grad\(\)\)",) * 2,
     "another loss": ("PeerError Rank 1 has another gradient of the loss",) * 2,
     "no backward": ("PeerError The processes do different .*gradient of the loss.*the batch",) * 2,
     "an error in forward": ("PeerError Rank 1 failed.*KeyError", "KeyError"),

@@ -180,8 +180,8 @@ class Channel:
             lines = "\n".join(f"  rank {rank}: {frame.text}" for rank, frame in enumerate(frames))
             raise PeerError(
                 "The processes do different things, where each must do the same:\n"
-                f"{lines}\nEvery process must run the same step on the same batch; models that "
-                "threads run at once each need a process group of their own."
+                f"{lines}\nEvery process must run the same step on the same batch, or on its rows "
+                "of it; models that threads run at once each need a process group of their own."
             )
         for rank, frame in enumerate(frames):
             at = 0

@@ -154,7 +154,7 @@ class LocalRunner:
         self._same.agree(self.channel, tree)
         drew = self._random.has_changed()
         own = 1 if rows is None else rows, _fingerprint_of_batch(call.inputs), self._random.now
-        mode = "training" if self.module.training else "evaluation"
+        mode = "training" if self.module.training else "evaluation, not under torch.no_grad()"
         accumulating = "" if self._synced else ", no_sync"
         doing = f"run {name} ({mode}{accumulating})"
         said = self.channel.gather(doing, _TOLD.pack(*own, drew))
