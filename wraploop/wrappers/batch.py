@@ -1,8 +1,8 @@
 """A batch: a nest of tensors, and how its rows are cut into shards.
 
-A nest is a tensor, or a tuple, list, mapping, named tuple or dataclass of nests, or another object
-whose attributes lead to tensors (a distribution, say), and not back to it. Whatever else stands in
-it belongs to no shard and goes to all of them as it is.
+A nest is a tensor, or a tuple, list, deque, mapping, named tuple or dataclass of nests, or another
+object whose attributes lead to tensors (a distribution, say), and not back to it. Whatever else
+stands in it belongs to no shard and goes to all of them as it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from enum import Enum
 from itertools import islice
@@ -84,7 +85,7 @@ def _parts(nest: Nest) -> list[tuple[str, Nest]] | None:
         return [(f"[{key!r}]", value) for key, value in nest.items()]
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
         return [(f".{name}", value) for name, value in zip(nest._fields, nest, strict=True)]  # pyright: ignore
-    if isinstance(nest, (tuple, list)):
+    if isinstance(nest, (tuple, list, deque)):
         return [(f"[{i}]", value) for i, value in enumerate(nest)]
     return None
 
@@ -151,9 +152,10 @@ def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
         return type(nest)(dict(zip(nest, values, strict=True)))  # pyright: ignore[reportCallIssue]
     if hasattr(nest, "_make"):
         return nest._make(values)
-    if isinstance(nest, list):
+    if isinstance(nest, (list, deque)):
         new = copy.copy(nest)
-        new[:] = values
+        new.clear()
+        new.extend(values)
         return new
     if isinstance(nest, tuple):
         try:  # not by a constructor of the user's, which may take something else
@@ -233,9 +235,10 @@ def changeable_in(nest: Nest) -> list[Nest]:
     return inside if is_fixed or isinstance(nest, tuple) else [nest, *inside]
 
 
-def table_of(container: Nest) -> list[Nest] | MutableMapping[Any, Nest]:
+def table_of(container: Nest) -> list[Nest] | deque[Nest] | MutableMapping[Any, Nest]:
     """What a container of `changeable_in` keeps its contents in."""
-    return container if isinstance(container, (list, MutableMapping)) else Attributes(container)
+    is_table = isinstance(container, (list, deque, MutableMapping))
+    return container if is_table else Attributes(container)
 
 
 def rows_of(nest: Nest) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ class Call:
             for key in reversed(removed):
                 del table[key]
             for key, value in put.items():
-                if isinstance(table, list) and key == len(table):
+                if isinstance(table, (list, deque)) and key == len(table):
                     table.append(value)
                 else:
                     table[key] = value
@@ -87,7 +88,7 @@ def _containers(arguments: Nest) -> list[Nest]:
 
 def _contents(container: Nest) -> dict[Any, Nest]:
     table = table_of(container)
-    return dict(enumerate(table) if isinstance(table, list) else table.items())
+    return dict(enumerate(table) if isinstance(table, (list, deque)) else table.items())
 
 
 def _edit(before: dict[Any, Nest], now: dict[Any, Nest]) -> Edit:

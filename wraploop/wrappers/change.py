@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, repeat
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .batch import map_tensors, tensors_of
+from .batch import tensors_of, with_tensors
+from .containers import Path, mapped
+from .tree import mark_rows
 
 
 class Held:
-    """A tensor that a container held before the forward, and that no shard has made."""
+    """What stands in an attribute that no shard has made: the original's."""
 
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def without(value: Any, held: list[Any]) -> Any:
-    """`value` with each tensor that is one of `held` kept from being seen as the shard's."""
-    ids = {id(item) for item in held}
-    return map_tensors(lambda t, _: Held(t) if id(t) in ids else t, value) if ids else value
+    def __init__(self, of: Any) -> None:
+        self.of = of
 
 
-def restored(value: Any) -> Any:
-    """`value` with what `without` kept."""
-    if isinstance(value, Held):
-        return value.tensor
-    if isinstance(value, list):
-        return [restored(item) for item in value]
-    if isinstance(value, dict):
-        return type(value)((key, restored(item)) for key, item in value.items())
-    return value
+def without(value: Any, original: Callable[[Any], Any]) -> Any:
+    """`value` in which all that stands for something of the original's is kept as that.
+
+    Args:
+        value: what a forward has set an attribute to.
+        original: what its argument stands for; None for what a shard has made.
+    """
+
+    def keep(_: Path, leaf: Any) -> Any:
+        found = original(leaf)
+        return leaf if found is None else Held(found)
+
+    return mapped(value, keep)
 
 
 class Change(NamedTuple):
@@ -44,7 +45,9 @@ class Change(NamedTuple):
         is_buffer: whether it is a buffer, or a tensor written to in place: not batched.
         is_in_place: whether it was written to in place.
         is_agreed: whether it is the same in every shard.
-        have_rows: for each tensor in it, whether that has a row for each row of the batch.
+        rows: for each tensor in it, the axis that has a row for each row of the batch, if any.
+        onto: the original's container that it is.
+        into: by number, tensors of the original's that have been written to in place, in it.
     """
 
     value: Any
@@ -52,21 +55,41 @@ class Change(NamedTuple):
     is_buffer: bool = False
     is_in_place: bool = False
     is_agreed: bool = False
-    have_rows: tuple[bool, ...] = ()
+    rows: tuple[int | None, ...] = ()
+    onto: Any = None
+    into: Mapping[int, Tensor] = {}
 
-    @property
-    def is_rows(self) -> bool:
-        """Whether it is a tensor with a row for each row of the batch."""
-        return isinstance(self.value, Tensor) and any(self.have_rows)
+    def known(self) -> Iterator[int | None]:
+        """`rows`, or that none has where nobody has said so."""
+        return chain(self.rows, repeat(None))
 
-    def known(self) -> Iterator[bool]:
-        """`have_rows`, or that none has where nobody has said so."""
-        return chain(self.have_rows, repeat(False))
-
-    def may_have_rows(self, rows: int, total: int) -> list[bool]:
-        """For each tensor whether it may have one for each of a shard's `rows`, of `total`."""
+    def may_have_rows(self, rows: int, total: int) -> list[list[int]]:
+        """For each tensor, the axes that may have one for each of a shard's `rows`, of `total`."""
         value, before = self.value, self.before
         kept_shape = isinstance(value, Tensor) and isinstance(before, Tensor)
         kept_shape = kept_shape and before.shape == value.shape
-        may = not self.is_buffer and (self.is_rows or not kept_shape or value.shape[:1] == (total,))
-        return [may and leaf.shape[:1] == (rows,) for leaf in tensors_of(value)]
+        found = []
+        for i, (leaf, known) in enumerate(zip(tensors_of(value), self.known(), strict=False)):
+            axes = range(leaf.ndim) if known is None else [known]
+            if known is None and (kept_shape or i in self.into):
+                axes = [axis for axis in axes if leaf.shape[axis] == total]
+            if self.is_buffer:
+                axes = []
+            found.append([axis for axis in axes if leaf.shape[axis : axis + 1] == (rows,)])
+        return found
+
+    def handed_back(self) -> Any:
+        """`value`, now of the whole batch, as the original has it."""
+        wholes = tensors_of(self.value)
+        values: list[Any] = []
+        for whole, axis in zip(wholes, self.known(), strict=False):
+            values.append(whole.movedim(0, axis).contiguous() if axis else whole)
+            if axis is not None:
+                mark_rows(values[-1], axis)
+        with torch.no_grad():
+            for i, tensor in self.into.items():
+                if values[i].data_ptr() != tensor.data_ptr():
+                    tensor.copy_(values[i])
+                values[i] = Held(tensor)
+        value = with_tensors(self.value, values)
+        return mapped(value, lambda _, leaf: leaf.of if isinstance(leaf, Held) else leaf)

@@ -18,7 +18,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .tree import CONTAINERS, is_plain_object
+from .containers import CONTAINERS, same
+from .tree import is_plain_object
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
 _MOST = 20_000  # things that are looked at before giving up
@@ -46,14 +47,17 @@ class Copies:
         self.containers: list[tuple[Any, Any]] = []
 
     def own(self, value: Any) -> Any:
-        """A copy of `value`, a container or an object in a module's attribute, wherever it leads.
+        """What stands for `value` in a module's attribute; containers and objects are its own.
 
         Args:
             value: that; what cannot be copied stays the same object in all replicas.
         """
-        if id(value) not in self._replaced:
-            return self._container(value) if type(value) in CONTAINERS else self._object(value)
-        return self._replaced[id(value)]
+        if id(value) not in self._replaced and type(value) in CONTAINERS:
+            return self._container(value, self.own)
+        if isinstance(value, tuple):
+            return self._tuple(value, self.own)
+        copied = self.of(value)
+        return self._object(value) if copied is value and is_plain_object(value) else copied
 
     def of(self, value: Any) -> Any:
         """What stands for `value` in the replica: itself, unless it leads to the original's parts.
@@ -85,8 +89,7 @@ class Copies:
     def _rebuilt(self, value: Any) -> Any:
         """A thing like `value`, made of what stands for its parts."""
         if isinstance(value, tuple):
-            parts = map(self.of, value)
-            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+            return self._tuple(value, self.of)
         if isinstance(value, frozenset):
             return type(value)(map(self.of, value))
         if isinstance(value, MethodType):
@@ -99,7 +102,7 @@ class Copies:
         if isinstance(value, FunctionType):
             return self._function(value)
         if isinstance(value, (list, set, deque, dict)):
-            return self._container(value)
+            return self._container(value, self.of)
         return self._object(value)
 
     def _object(self, value: Any) -> Any:
@@ -113,19 +116,25 @@ class Copies:
         self.objects.append((value, new))
         for name, part in vars(value).items():
             copied = self.of(part)
-            is_own = copied is part and type(part) in CONTAINERS
-            vars(new)[name] = self._container(part) if is_own else copied
+            is_own = isinstance(part, tuple) or type(part) in CONTAINERS
+            vars(new)[name] = self.own(part) if is_own else copied
         return new
 
-    def _container(self, value: Any) -> Any:
+    def _tuple(self, value: tuple[Any, ...], replace: Callable[[Any], Any]) -> Any:
+        parts = [*map(replace, value)]
+        if same(parts, value):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+
+    def _container(self, value: Any, replace: Callable[[Any], Any]) -> Any:
         new = self._replaced[id(value)] = copy.copy(value)  # which it may contain
         self.containers.append((value, new))
         if isinstance(value, dict):
-            pairs = [(self.of(key), self.of(part)) for key, part in value.items()]
+            pairs = [(self.of(key), replace(part)) for key, part in value.items()]
             new.clear()
             new.update(pairs)
             return new
-        parts = [self.of(part) for part in value]
+        parts = [*map(self.of if isinstance(value, set) else replace, value)]
         new.clear()
         new.update(parts) if isinstance(value, set) else new.extend(parts)
         return new

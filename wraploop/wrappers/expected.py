@@ -29,6 +29,9 @@ class Distance(NamedTuple):
     scale: float
 
 
+Key = str | tuple[Place, str]  # a part of the output, or of what is left in an attribute
+
+
 class Expected(NamedTuple):
     """What a call gives on the whole batch.
 
@@ -45,7 +48,7 @@ class Expected(NamedTuple):
     outputs: dict[str, Any]
     parameters: dict[str, tuple[Tensor, Tensor]]
     changes: dict[Place, Any]
-    spread: Callable[[], dict[str | Place, Distance]]
+    spread: Callable[[], dict[Key, Distance]]
     precision: float
     drew: bool = False
 
@@ -66,12 +69,23 @@ class Expected(NamedTuple):
                 raise NotImplementedError(_WRITTEN.format(name))
         self.check_outputs(named_leaves(call, output, edits))
         for place in self.changes.keys() & ran.changes.keys():
-            mine, whole = _kept(*place), self.changes[place]
             name = f"{place[1]!r} of {type(place[0].of).__name__}"
+            mine, whole = _kept(*place), self.changes[place]
             self._check_plain(name, mine, whole)
-            apart = distance(mine, whole)
-            if not (self._is_close(apart) or self._is_close(apart, self.spread().get(place))):
-                raise ValueError(_COUPLED.format(name))
+            expected = dict(leaves_of(whole))
+            for path, leaf in leaves_of(mine):
+                self._check_left(name, (place, path), leaf, expected.get(path))
+
+    def _check_left(self, name: str, key: tuple[Place, str], mine: Any, whole: Any) -> None:
+        """Checks what stands in an attribute now, where both are tensors."""
+        if not (isinstance(mine, Tensor) and isinstance(whole, Tensor)):
+            return
+        name += key[1]
+        if mine.shape != whole.shape:
+            raise ValueError(_LEFT.format(name, tuple(whole.shape), tuple(mine.shape)))
+        apart = distance(mine, whole)
+        if not (self._is_close(apart) or self._is_close(apart, self.spread().get(key))):
+            raise ValueError(_COUPLED.format(name))
 
     def check_outputs(self, outputs: dict[str, Any]) -> None:
         """Compares `outputs` alone."""
@@ -169,6 +183,12 @@ _NO_ROWS = (
     "{} has shape {} on the whole batch and {} put together from the shards, where its first axis "
     "is as long as theirs by chance: it does not count the batch's rows. Return it with one row "
     "for each row of the batch."
+)
+
+_LEFT = (
+    "The forward leaves {} with the shape {} on the whole batch, and {} put together from the "
+    "shards. Keep a tensor of which one axis is as long as the batch has rows, or whose shape does "
+    "not depend on how many there are."
 )
 
 _COUPLED = (

@@ -19,11 +19,12 @@ from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .observers import Keepsakes
-from .outputs import Ran, alike, carried_moves, move_in, written_to
+from .outputs import Axes, Ran, alike, carried_moves, move_in, written_to
 from .probe import Expected, Probe, explained
 from .replica import Replica
 from .replicas import Replicas, alias
 from .threads import Threads
+from .tree import Place
 from .tuning import Split, Tuner
 
 
@@ -44,6 +45,7 @@ class LaneRunner:
         self._busy = threading.Lock()
         self._beside: LaneRunner | None = None
         self._draws: dict[tuple[str, bool], bool] = {}
+        self._learned: dict[Place, list[int | None]] = {}  # see `Axes`
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
 
     def tuner(self, call: Call, cores: int) -> Tuner:
@@ -116,7 +118,10 @@ class LaneRunner:
         given = [mine[:count] for mine in taken]
         with explained(expected):
             ran = self._ran(call, group, replicas, given, tree.is_compiled)
-        ran = alike(ran, given, call, group.sizes)
+        axes = Axes(sum(group.sizes), self._learned)
+        if expected:
+            axes.learn(expected.changes, ran[0].changes, group.sizes[0])
+        ran = alike(ran, given, call, group.sizes, axes)
 
         # Gather
         parts = [

@@ -35,7 +35,7 @@ from .recent import keep
 from .replicas import Replicas
 from .same_model import SameModel
 from .shard import running
-from .tree import Place, Tree, current_tree
+from .tree import Spot, Tree, current_tree
 
 _MOST_SPLITS = 4
 _TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
@@ -78,7 +78,7 @@ class LocalRunner:
         self._replicas: dict[tuple[tuple[int, ...], bool] | None, Replicas] = {}
         self._random = RandomFingerprint()
         self._same = SameModel(module, _DIVERGED)
-        self._rows: set[Place] = set()
+        self._rows: dict[Spot, int] = {}
         self._tree: Tree | None = None
         self._has_buffers = False
 

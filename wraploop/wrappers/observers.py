@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .batch import tensors_of
+from .containers import CONTAINERS, items
 from .copies import cells_of
-from .tree import CONTAINERS, items
 
 _DEPTH, _MOST = 4, 256  # how far to look, and at how many things in a container
 

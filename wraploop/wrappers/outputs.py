@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Container, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from .change import Change
 from .internals import version_of
 from .observers import Observation
 from .replica import Replica
-from .tree import Place, Tree
+from .tree import Place, Spot, Tree
 
 PUT = "what the forward puts into its arguments"
 ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
@@ -36,17 +38,17 @@ def move_in(tensor: Tensor) -> Move:
     return "scatter"
 
 
-def carried_moves(tree: Tree, places: Container[Place], rows: int) -> list[Move]:
+def carried_moves(tree: Tree, spots: Container[Spot], rows: int) -> list[Move]:
     """How what earlier calls have left in attributes goes into the shards of `rows` rows.
 
     Args:
         tree: whose `carried` it is.
-        places: where tensors have a row for each row of the batch.
+        spots: where tensors have a row for each row of the batch.
         rows: how many rows the batch has now.
     """
     return [
-        "scatter" if place in places and len(tensor) == rows else "share"
-        for place, tensor in tree.carried.items()
+        "scatter" if spot in spots and tensor.shape[:1] == (rows,) else "share"
+        for spot, tensor in tree.carried.items()
     ]
 
 
@@ -127,11 +129,11 @@ class Ran(NamedTuple):
                 move = move_out(leaf, rows, f"The output{path} of {call.method!r}")
                 yield leaf * weight if move == "sum" else leaf, move
         for change in self.changes.values():
-            for leaf, has_rows in zip(tensors_of(change.value), change.known(), strict=False):
+            for leaf, axis in zip(tensors_of(change.value), change.known(), strict=False):
                 if change.is_agreed:
                     yield leaf, "first"
-                elif has_rows:
-                    yield leaf, "gather"
+                elif axis is not None:
+                    yield leaf.movedim(axis, 0) if axis else leaf, "gather"
                 elif not (leaf.is_floating_point() or leaf.is_complex()):
                     yield leaf, "first"
                 elif leaf.requires_grad:
@@ -176,7 +178,9 @@ class Ran(NamedTuple):
         return output, edits
 
 
-def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int]) -> list[Ran]:
+def alike(
+    ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int], axes: Axes
+) -> list[Ran]:
     """What all lanes have left, in the same form in each.
 
     Changes that not every lane has made are left out.
@@ -186,6 +190,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
         taken: what each lane had for the call's inputs.
         call: what was called.
         sizes: how many rows each lane has run.
+        axes: what is known of what lanes leave.
 
     Raises:
         ValueError, TypeError: they have returned what cannot be put together.
@@ -204,8 +209,11 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     ]
     for place in places:
         _check_same_values(place, [mine.changes[place].value for mine in ran])
-    have_rows = {
-        place: _have_rows([mine.changes[place] for mine in ran], sizes, seen) for place in places
+    rows = {
+        place: axes_agreed(
+            [axes.said(place, r.changes[place], n) for r, n in zip(ran, sizes, strict=True)], seen
+        )
+        for place in places
     }
     written = sorted({i for mine in ran for i in mine.inputs})
     apart = {
@@ -217,7 +225,7 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     return [
         Ran(
             mine.output,
-            {p: mine.changes[p]._replace(have_rows=have_rows[p]) for p in places},
+            {place: mine.changes[place]._replace(rows=rows[place]) for place in places},
             {i: inputs[i] for i in written},
             [each._replace(is_apart=i in apart) for i, each in enumerate(mine.observed)],
             mine.edits,
@@ -226,16 +234,70 @@ def alike(ran: list[Ran], taken: list[list[Tensor]], call: Call, sizes: list[int
     ]
 
 
-def _have_rows(
-    changes: list[Change], sizes: list[int], inputs: list[list[float]]
-) -> tuple[bool, ...]:
-    """Which tensors in what the shards have set an attribute to have a row for each row."""
-    maybe = [c.may_have_rows(n, sum(sizes)) for c, n in zip(changes, sizes, strict=True)]
-    leaves = zip(*(tensors_of(change.value) for change in changes), strict=True)
-    return tuple(
-        all(may) and depend_on_rows([*map(signature, shards)], inputs)
-        for may, shards in zip(zip(*maybe, strict=True), leaves, strict=True)
-    )
+class Axes:
+    """Along which axis the tensors that forwards leave have a row for each row of the batch.
+
+    What the whole batch leaves says so, in the calls that are made on it too; else a tensor with as
+    many as the shard has rows is taken for one, if shards leave different ones.
+
+    Args:
+        total: how many rows the batch has.
+        learned: by place, those of each tensor left there, or None; added to.
+    """
+
+    def __init__(self, total: int, learned: dict[Place, list[int | None]]) -> None:
+        self._total = total
+        self._learned = learned
+
+    def learn(self, wholes: dict[Place, Nest], changes: dict[Place, Change], rows: int) -> None:
+        """Compares what the whole batch leaves with what a shard of `rows` rows does."""
+        for place in (wholes.keys() & changes.keys()) if 0 < rows < self._total else ():
+            tensors, expected = tensors_of(changes[place].value), tensors_of(wholes[place])
+            if len(tensors) == len(expected):
+                pairs = zip(tensors, expected, strict=True)
+                self._learned[place] = [self._axis(mine, whole, rows) for mine, whole in pairs]
+
+    def _axis(self, mine: Tensor, whole: Tensor, rows: int) -> int | None:
+        for axis in range(mine.ndim):
+            shape = [*mine.shape]
+            shape[axis] = self._total
+            if mine.shape[axis] == rows and whole.shape == tuple(shape):
+                return axis
+        return None
+
+    def said(self, place: Place, change: Change, rows: int) -> list[tuple[int, float]]:
+        """For each tensor that a shard leaves, its axes that may count rows, as bits, and a number.
+
+        The number is the same in shards that leave the same.
+        """
+        learned, found = self._learned.get(place), []
+        tensors = tensors_of(change.value)
+        learned = learned if learned and len(learned) == len(tensors) else None
+        for i, axes in enumerate(change.may_have_rows(rows, self._total)):
+            number = math.nan
+            if learned:
+                axes = [axis for axis in axes if axis == learned[i]]
+            elif axes:
+                number = fingerprint(tensors[i]) if axes[0] else signature(tensors[i])
+            found.append((sum(1 << axis for axis in axes), number))
+        return found
+
+
+def axes_agreed(
+    said: Sequence[Sequence[tuple[int, float]]], inputs: Sequence[Sequence[float]]
+) -> tuple[int | None, ...]:
+    """Along which axis each tensor that all shards leave counts rows, if it does.
+
+    Args:
+        said: each shard's, see `Axes`.
+        inputs: each shard's `signature`s of its inputs.
+    """
+    found: list[int | None] = []
+    for shards in zip(*said, strict=True):
+        common = functools.reduce(operator.and_, (bits for bits, _ in shards))
+        has_rows = common and depend_on_rows([number for _, number in shards], inputs)
+        found.append((common & -common).bit_length() - 1 if has_rows else None)
+    return tuple(found)
 
 
 def signature(tensor: Tensor) -> float:

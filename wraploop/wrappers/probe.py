@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from wraploop.processes.channel import PeerError
 
-from .batch import is_shared
+from .batch import is_shared, leaves_of
 from .call import Call
-from .expected import Distance, Expected, distance, named_leaves
+from .expected import Distance, Expected, Key, distance, named_leaves
 from .internals import global_hooks, same_values
 from .noise import kept_random_state
 from .observers import Keepsakes
@@ -99,18 +99,18 @@ class Probe:
             except ValueError as error:
                 raise ValueError(f"{error} {_IN_EVALUATION}") from None
 
-    def _spread(self, call: Call, evaluates: bool = False) -> dict[str | Place, Distance]:
-        found: dict[str | Place, Distance] = {}
+    def _spread(self, call: Call, evaluates: bool = False) -> dict[Key, Distance]:
+        found: dict[Key, Distance] = {}
         with kept_random_state(), torch.no_grad(), unsplit():
             outputs, changes, _ = self._made(call, _clone(call.inputs), evaluates=evaluates)
-            here: dict[str | Place, Any] = {**outputs, **changes}
+            here: dict[Key, Any] = {**outputs, **_left(changes)}
             for number in range(_NEARBY):
                 by = _Rounding(number)
                 inputs = list(map(by.near, call.inputs))
                 outputs, changes, _ = self._made(
                     call, inputs, make_leaves=by.leaves, evaluates=evaluates
                 )
-                for key, near in (*outputs.items(), *changes.items()):
+                for key, near in (*outputs.items(), *_left(changes).items()):
                     apart, before = distance(near, here.get(key)), found.get(key)
                     if apart:
                         found[key] = Distance(*map(max, apart, before)) if before else apart
@@ -130,6 +130,7 @@ class Probe:
         tree, (replica,) = replicas.get([None])
         if evaluates:
             replica.module.eval()
+        replica.carry({spot: kept.detach().clone() for spot, kept in tree.carried.items()})
         keepsakes = Keepsakes(replica.hooks)
         try:
             with running(shard):
@@ -176,6 +177,11 @@ def _together(shards: list[dict[str, Any]], sizes: list[int]) -> dict[str, Tenso
         elif all(part.ndim == 0 and part.is_floating_point() for part in parts):
             found[name] = sum(part * (size / sum(sizes)) for part, size in pairs)
     return found
+
+
+def _left(changes: dict[Place, Any]) -> dict[Key, Any]:
+    """What stands in attributes, one by one."""
+    return {(p, path): leaf for p, value in changes.items() for path, leaf in leaves_of(value)}
 
 
 def _clone(inputs: list[Tensor]) -> list[Tensor]:
@@ -241,5 +247,6 @@ _IN_EVALUATION = "(This was seen in evaluation mode, where it draws no random nu
 _IN_SHARDS = (
     "The whole batch has run without it. The first axis of every tensor that goes in has to count "
     "the batch's rows: mark one that does not as `wraploop.shared(tensor)`, and put time behind "
-    "rows (`batch_first=True`)."
+    "rows (`batch_first=True`). What stands in attributes of the module goes whole to every shard, "
+    "unless its forward has left it there."
 )

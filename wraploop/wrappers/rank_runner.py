@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import zlib
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
 from .at_step import AtStep, ReduceAt
-from .batch import Nest, shared, split, tensors_of
+from .batch import Nest, shared, split
 from .border import Move
 from .call import Call
 from .change import Change
@@ -22,10 +21,11 @@ from .noise import own_noise
 from .observers import Keepsakes, Observation
 from .outputs import (
     PUT,
+    Axes,
     Ran,
+    axes_agreed,
     carried_moves,
     check_alike,
-    depend_on_rows,
     move_in,
     plain_values,
     signature,
@@ -68,6 +68,7 @@ class RankRunner:
         self._probe = Probe(module) if sync_batchnorm else None
         self._same = SameModel(module, _DIVERGED)
         self._draws_elsewhere: dict[tuple[str, bool], bool] = {}
+        self._learned: dict[Place, list[int | None]] = {}  # see `Axes`
         self._replicas = Replicas(module, sync_batchnorm, self._go_in, alone=True, observes=True)
 
     def run(self, call: Call, rows: int) -> Nest:
@@ -99,10 +100,10 @@ class RankRunner:
             tree.carried.items(), carried_moves(tree, replica.rows, total), strict=True
         )
         carried = [
-            (place, *go_in(rank, f"the gradient of {place[1]}", [whole], [move], borrow=True))
-            for (place, whole), move in carried_in
+            (spot, *go_in(rank, f"the gradient of {spot[1]}", [whole], [move], borrow=True))
+            for (spot, whole), move in carried_in
         ]
-        replica.carry({place: part for place, _, (part,) in carried})
+        replica.carry({spot: part for spot, _, (part,) in carried})
 
         # Run
         keepsakes = Keepsakes(replica.hooks)
@@ -113,9 +114,12 @@ class RankRunner:
             output, edits = call.on_shard(replica.module, taken)
         keepsakes.restore()
         rank.drew, self._draws_elsewhere[state] = noise.drew, noise.drew_elsewhere
+        axes, changes = Axes(total, self._learned), replica.changes()
+        if expected:
+            axes.learn(expected.changes, changes, rank.rows)
         ran = Ran(
             output,
-            self._agreed(replica.changes(), taken, rank, total),
+            self._agreed(changes, axes, taken, rank),
             written_to(taken, before, inputs),
             self._joined(replica.take_observed(), rank.size),
             edits,
@@ -150,33 +154,26 @@ class RankRunner:
         return output
 
     def _agreed(
-        self, changes: dict[Place, Change], taken: list[Tensor], rank: Rank, total: int
+        self, changes: dict[Place, Change], axes: Axes, taken: list[Tensor], rank: Rank
     ) -> dict[Place, Change]:
         """`changes`, with what has rows on every rank marked as such."""
-        loud = [change for change in changes.values() if not change.is_buffer]
-        if not any(tensors_of(change.value) for change in loud):
+        loud = {place: change for place, change in changes.items() if not change.is_buffer}
+        own = [axes.said(place, change, rank.size) for place, change in loud.items()]
+        pairs = list(chain.from_iterable(own))
+        if not pairs:
             return changes
-        maybe = [may for change in loud for may in change.may_have_rows(rank.size, total)]
-        leaves = [leaf for change in loud for leaf in tensors_of(change.value)]
-        pairs = zip(leaves, maybe, strict=True)
-        values = [signature(leaf) if may else math.nan for leaf, may in pairs]
-        mine = torch.tensor([*maybe, *values, *map(signature, taken)], dtype=torch.float64)
+        numbers = [*chain.from_iterable(pairs), *map(signature, taken)]
+        mine = torch.tensor(numbers, dtype=torch.float64)
         said = self.channel.exchange("look at attributes", pack(mine))
         if any(len(packed) != 8 * len(mine) for packed in said):
             raise ValueError("The forward has set other attributes on other processes.")
         every = [unpack(packed, mine.shape, mine).tolist() for packed in said]
-        n = len(leaves)
-        inputs = [numbers[2 * n :] for numbers in every]
-        have_rows = (
-            all(numbers[i] for numbers in every)
-            and depend_on_rows([numbers[n + i] for numbers in every], inputs)
-            for i in range(n)
-        )
+        n = 2 * len(pairs)
+        each = [[(int(e[i]), e[i + 1]) for i in range(0, n, 2)] for e in every]
+        found = iter(axes_agreed(each, [e[n:] for e in every]))
+        rows = {place: tuple(islice(found, len(o))) for place, o in zip(loud, own, strict=True)}
         return {
-            place: change
-            if change.is_buffer
-            else change._replace(have_rows=tuple(islice(have_rows, len(tensors_of(change.value)))))
-            for place, change in changes.items()
+            place: change._replace(rows=rows.get(place, ())) for place, change in changes.items()
         }
 
     def _joined(self, observed: list[Observation], rows: int) -> list[Observation]:

@@ -17,7 +17,7 @@ changes on its modules is found by `changes` and handed back to the original by 
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -26,24 +26,37 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .batch import tensors_of
 from .batchnorm import Global, GlobalBatchNorm, global_class, statistics_of
-from .change import Change, restored, without
+from .change import Change, without
+from .containers import (
+    CONTAINERS,
+    Path,
+    containers_in,
+    contents,
+    items,
+    leaves,
+    mapped,
+    same,
+    take_over,
+)
 from .copies import Copies
 from .internals import differing, variables_behind, version_of
 from .observers import Observation, Observer, is_observer
 from .tree import (
     EXECUTION,
+    TABLES,
     Place,
     Ref,
+    Spot,
     Tree,
     attributes,
     buffers_of,
-    is_own_container,
-    is_plain_object,
     is_quiet,
-    items,
     mark_rows,
-    same,
+    own_values,
+    rows_axis,
+    tensors_on,
 )
 
 
@@ -55,7 +68,7 @@ class Replica:
         tree: what it is made of.
         leaves: what the copy has instead of each of the tree's parameters.
         buffers: what it has instead of each of the tree's buffers.
-        rows: see below; added to when the forward leaves such a tensor.
+        rows: see below.
         sync: whether batch norms in the copy use the statistics of the whole batch.
         observes: whether what its forward hooks see is taken down.
 
@@ -65,13 +78,14 @@ class Replica:
         hooks: those that may keep what they see outside of the module.
         leaves: as given.
         tokens: what the outputs must depend on.
-        rows: the places in which forwards leave tensors with a row for each row of the batch.
+        rows: the spots in which forwards leave tensors with a row for each row of the batch, and
+            along which axis.
         boundary: the name of the node through which outs may depend on the original's parameters.
     """
 
     boundary = ""
     tokens: Sequence[Tensor] = ()
-    rows: set[Place]
+    rows: dict[Spot, int]
 
     def __init__(
         self,
@@ -79,7 +93,7 @@ class Replica:
         tree: Tree,
         leaves: list[Tensor],
         buffers: list[Tensor],
-        rows: set[Place],
+        rows: dict[Spot, int],
         sync: bool,
         observes: bool,
     ) -> None:
@@ -88,7 +102,8 @@ class Replica:
         self._original = original
         self._is_checked = False
         self._is_changed = False
-        self._carried: dict[Place, Tensor] = {}
+        self._carried: dict[Spot, tuple[Tensor, int]] = {}  # with versions
+        self._put: dict[Place, list[Any]] = {}  # what that has made of attributes, as `attributes`
         self._tree = tree
         self._buffers = buffers
         self._sync = sync
@@ -103,8 +118,10 @@ class Replica:
         self._memo.update((id(old), new) for old, new in zip(olds, news, strict=True))
         self._copies = Copies(self._memo, self._copy_module)
         self.module: nn.Module = self._copy_module(original)
+        self._objects, self._containers = self._copies.objects, self._copies.containers
         self._note_containers()
         self._note_attributes()
+        self._note_inside(self._holders)
         self._weights: list[tuple[Any, Any]] = [  # of which a forward may replace the storage
             (parameter, copy._parameters[name])
             for module, copy in self._modules
@@ -123,17 +140,17 @@ class Replica:
         The tree notices itself what changes in the modules that it knows, but for their containers.
         """
         known = set(map(Ref, self._tree.holders))
-        objects = [(old, new) for old, new in self._copies.objects if Ref(old) in known]
+        objects = [(old, new) for old, new in self._objects if Ref(old) in known]
         self._holders = [*self._modules, *objects]
-        self._inner = _not_of(self._modules, self._copies.containers)
+        inner = _not_of(self._modules, self._containers)
         in_tree = [(old, new) for old, new in self._modules if Ref(old) in known]
-        copied = [vars(old) for old, _ in self._copies.objects]
+        copied = [vars(old) for old, _ in self._objects]
         copied += [vars(old) for old, _ in self._modules if Ref(old) not in known]
-        copied += [old for old, _ in _not_of(in_tree, self._copies.containers)]
+        copied += [old for old, _ in _not_of(in_tree, self._containers)]
         self._originals = [(container, items(container)) for container in copied]
-        nested = [(type(old), new) for old, new in _not_of(self._copies.objects, self._inner)]
+        nested = [(type(old), new) for old, new in _not_of(self._objects, inner)]
         near = {id(old) for old, _ in (*objects, *self._of_hooks)}
-        far = [(old, new) for old, new in self._copies.objects if id(old) not in near]
+        far = [(old, new) for old, new in self._objects if id(old) not in near]
         nested += [(type(old), vars(new)) for old, new in far]
         self._nested = [(kind, container, items(container)) for kind, container in nested]
 
@@ -150,6 +167,18 @@ class Replica:
         copies = [copy for _, copy in self._modules]
         self._parts = [copy._modules for copy in copies if copy._modules or not is_quiet(copy)]
         self._parts_made = [part for table in self._parts for part in table.values()]
+
+    def _note_inside(self, holders: Iterable[tuple[Any, Any]]) -> None:
+        """Notes what is in containers inside those that are attributes, and their tensors."""
+        self._inside: dict[Place, list[tuple[Any, list[Any]]]] = {}
+        self._kept_in: dict[int, Place] = {}  # by id, a tensor that stands in a container
+        for module, copy in holders:
+            for name, value in own_values(copy).items():
+                if inside := [c for c in containers_in(value) if c is not value]:
+                    self._inside[Ref(module), name] = [(c, items(c)) for c in inside]
+            for name, path, tensor in tensors_on(copy):
+                if path:
+                    self._kept_in[id(tensor)] = Ref(module), name
 
     def is_current(self) -> bool:
         """Whether what has been copied is what it was, here and in the original.
@@ -201,6 +230,7 @@ class Replica:
         copy = object.__new__(_class_for(module, self._sync))
         self._memo[id(module)] = copy
         self._modules.append((module, copy))
+        own = own_values(module)
         for name, value in module.__dict__.items():
             if name == EXECUTION:
                 continue
@@ -208,10 +238,8 @@ class Replica:
                 copy.__dict__[name] = table = self._copy_hooks(module, value)
                 self._hook_tables.append(table)
                 continue
-            copied = self._copies.of(value)
-            if copied is value and (is_own_container(name, value) or is_plain_object(value)):
-                copied = self._copies.own(value)
-            copy.__dict__[name] = copied
+            is_own = name in own or name in TABLES
+            copy.__dict__[name] = self._copies.own(value) if is_own else self._copies.of(value)
         if isinstance(copy, Global):
             copy.begin()
         return copy
@@ -228,15 +256,33 @@ class Replica:
                 copies[number] = Observer(inside, hook, module, self.observed)
         return copies
 
-    def carry(self, parts: dict[Place, Tensor]) -> None:
-        """Puts this shard's parts of what earlier forwards have left in their places."""
-        self._carried = parts
-        for (module, name), part in parts.items():
+    def carry(self, parts: dict[Spot, Tensor]) -> None:
+        """Puts this shard's parts of what earlier forwards have left in their spots.
+
+        Args:
+            parts: these, with their rows first.
+        """
+        self._carried, self._put = {}, {}
+        found: dict[Place, dict[Path, Tensor]] = {}
+        for spot, part in parts.items():
+            module, name, path = spot
+            axis = self.rows.get(spot)
+            if axis is not None:
+                part = part.movedim(0, axis).contiguous() if axis else part
+                mark_rows(part, axis)  # for a wrapper inside
+            self._carried[spot] = part, version_of(part)
+            found.setdefault((module, name), {})[path] = part
+        for (module, name), here in found.items():
             copy = self._memo[id(module.of)]
             table = buffers_of(copy) if name in buffers_of(copy) else copy.__dict__
-            table[name] = part
-            if (module, name) in self.rows:
-                mark_rows(part)  # for a wrapper inside
+            value = mapped(table[name], lambda path, leaf, here=here: here.get(path, leaf))
+            if type(value) in CONTAINERS:
+                take_over(table[name], value)
+            else:
+                table[name] = value
+            self._put[module, name] = [table[name], *contents(table[name])]
+        if any(path for _, _, path in parts):
+            self._note_inside(self._holders)
 
     def changes(self) -> dict[Place, Change]:
         """What the last forward has set on its modules, or written to their buffers.
@@ -255,21 +301,67 @@ class Replica:
         written = self._written() | {id(copy) for copy in self._other_values().values()}
         for module, copy in self._holders if written else ():
             found.update(_written_to(module, copy, written))
+        carried = self._carried.values()
+        written |= {id(part) for part, before in carried if version_of(part) != before}
+        stirred = {place for kept, place in self._kept_in.items() if kept in written}
+        stirred |= {spot[:2] for spot, (part, _) in self._carried.items() if id(part) in written}
+        for place, inside in self._inside.items():
+            if not all(same(items(container), kept) for container, kept in inside):
+                stirred.add(place)
         watched = self._loud if self._are_quiet() else [*self._loud, *self._quiet]
         for module, copy, made in watched:
             now = attributes(copy)
             for name in now:
                 place = Ref(module), name
-                before = (self._carried[place],) if place in self._carried else made.get(name)
-                if before is None or not same(now[name], before):
-                    is_buffer = name in buffers_of(copy)
-                    value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
-                    first, *held = before or (None,)
-                    value = without(list(value) if isinstance(value, deque) else value, held)
-                    is_rows = place in self._carried and place in self.rows
+                before = self._put.get(place, made.get(name))
+                if before is None or place in stirred or not same(now[name], before):
                     self._is_changed = True
-                    found[place] = Change(value, first, is_buffer, have_rows=(is_rows,))
+                    found[place] = self._changed(place, copy, before, written)
         return found
+
+    def _changed(
+        self, place: Place, copy: Any, before: Iterable[Any] | None, written: set[int]
+    ) -> Change:
+        """The change of an attribute.
+
+        Args:
+            place: the original's.
+            copy: what has it here.
+            before: what it was, and what that contained.
+            written: the tensors that have been written to in place, by id.
+        """
+        _, name = place
+        is_buffer = name in buffers_of(copy)
+        value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
+        stands_for = self._stands_for()
+        first = next(iter(before or ()), None)
+        onto = stands_for.get(id(value)) if type(value) in CONTAINERS else None
+        taken = without(
+            value, lambda leaf: None if id(leaf) in written else stands_for.get(id(leaf))
+        )
+        tensors = tensors_of(taken)
+        into = {
+            i: stands_for[id(t)]
+            for i, t in enumerate(tensors)
+            if id(t) in written and not t.requires_grad
+        }
+        axes = {id(leaf): self._axis((*place, path)) for path, leaf in leaves(taken)}
+        rows = tuple(axes.get(id(tensor)) for tensor in tensors)
+        return Change(taken, first, is_buffer, rows=rows, onto=onto, into=into)
+
+    def _axis(self, spot: Spot) -> int | None:
+        """The axis along which what an earlier forward has left there counts rows, if it does."""
+        return self.rows.get(spot) if spot in self._carried else None
+
+    def _stands_for(self) -> dict[int, Any]:
+        """By id, what there is of the original's for what is in the copy."""
+        pairs = [*self._modules, *self._objects, *self._containers]
+        pairs += zip(self._tree.parameters, self.leaves, strict=True)
+        pairs += zip(self._tree.buffers, self._buffers, strict=True)
+        carried = {holder for holder, _, _ in self._carried}
+        there = {(h, n, p): tensor for h in carried for n, p, tensor in tensors_on(h.of)}
+        pairs += [(there[spot], part) for spot, (part, _) in self._carried.items()]
+        return {id(new): old for old, new in pairs}
 
     def as_it_is(self, places: Iterable[Place]) -> dict[Place, Change]:
         """What is in `places` of buffers, as changes: another lane has written to its own."""
@@ -293,10 +385,11 @@ class Replica:
     def hand_back(self, changes: dict[Place, Change]) -> None:
         """Sets `changes` on the original's modules."""
         for (holder, name), change in changes.items():
-            module, value = holder.of, restored(change.value)
-            if change.is_rows:
-                self.rows.add((holder, name))
-            old = module.__dict__.get(name)
+            module = holder.of
+            value, old = change.handed_back(), module.__dict__.get(name)
+            for path, leaf in leaves(value):
+                if isinstance(leaf, Tensor) and (axis := rows_axis(leaf)) is not None:
+                    self.rows[holder, name, path] = axis
             if change.is_in_place:
                 target = buffers_of(module).get(name, old)
                 assert isinstance(target, Tensor)
@@ -305,12 +398,9 @@ class Replica:
                         target.copy_(value)
             elif change.is_buffer:
                 module._buffers[name] = value
-            elif isinstance(old, (list, deque)) and isinstance(value, list):
-                old.clear()
-                old.extend(value)
-            elif isinstance(old, (dict, set)) and type(old) is type(value):
-                old.clear()
-                old.update(value)
+            elif change.onto is not None:
+                take_over(change.onto, value)
+                object.__setattr__(module, name, change.onto)
             else:
                 object.__setattr__(module, name, value)
 
@@ -372,7 +462,8 @@ def _not_of(
     holders: list[tuple[Any, Any]], containers: list[tuple[Any, Any]]
 ) -> list[tuple[Any, Any]]:
     """Those of `containers`, originals and copies, that are in no attribute of `holders`."""
-    own = {id(held) for _, copy in holders for held in vars(copy).values()}
+    values = [value for _, copy in holders for value in vars(copy).values()]
+    own = {id(container) for value in values for container in containers_in(value)}
     return [(old, new) for old, new in containers if id(new) not in own]
 
 

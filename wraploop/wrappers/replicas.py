@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .batchnorm import global_class, statistics_of
 from .recent import keep
 from .replica import Replica
-from .tree import Place, Tree, current_tree
+from .tree import Spot, Tree, current_tree
 
 _MOST_SETS = 4
 MakeLeaves = Callable[[list[Tensor], torch.device | None], tuple[list[Tensor], list[Tensor]]]
@@ -29,7 +29,8 @@ class Replicas:
             tokens that its outputs must depend on.
         alone: whether there is one replica only, and not one for each of several lanes.
         observes: whether replicas take down what forward hooks see.
-        rows: the places in which forwards leave tensors with a row for each row of the batch.
+        rows: the spots in which forwards leave tensors with a row for each row of the batch, and
+            along which axis.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class Replicas:
         *,
         alone: bool,
         observes: bool,
-        rows: set[Place] | None = None,
+        rows: dict[Spot, int] | None = None,
     ) -> None:
         self._original = original
         self._sync = sync
         self._make_leaves = make_leaves
         self._alone = alone
         self._observes = observes
-        self._rows: set[Place] = set() if rows is None else rows
+        self._rows: dict[Spot, int] = {} if rows is None else rows
         self._tree: Tree | None = None
         self._sets: dict[tuple[bool, ...], list[Replica]] = {}
 

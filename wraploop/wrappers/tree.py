@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
@@ -12,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .containers import CONTAINERS, Path, containers_in, contents, leaves
 from .internals import is_compiled, own_attributes
 
 EXECUTION = "_wraploop_execution"  # what a wrapper keeps for running, which is not the module's
-_TABLES = ("_parameters", "_buffers", "_modules")
+TABLES = ("_parameters", "_buffers", "_modules")
 _TORCHS_OWN = own_attributes()  # hooks and flags: no forward writes to these
-CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict)
 _OPAQUE = (  # whose objects are left alone
     *("torch", "builtins", "functools", "logging", "threading", "_thread", "weakref", "numpy"),
     *("re", "enum", "abc", "typing", "wraploop"),
@@ -43,6 +42,7 @@ class Ref:
 
 
 Place = tuple[Ref, str]  # an attribute of one of the original's modules, or of an object's in one
+Spot = tuple[Ref, str, Path]  # what stands there, or in a container there
 
 
 class Tree:
@@ -53,27 +53,27 @@ class Tree:
             tensors in buffers and plain attributes that require grad.
         buffers: the other distinct tensors in it.
         carried: what forwards have left in attributes for later ones: tensors with a graph, and
-            those in the places `rows`.
+            those in the spots `rows`, whose rows are put first.
         holders: what has attributes that a forward may set.
         is_compiled: whether `torch.compile` runs a part of it.
 
     Args:
         root: the module.
-        rows: places in which forwards leave tensors with a row for each row of the batch; added to
-            where an outer wrapper knows of one.
+        rows: spots in which forwards leave tensors with a row for each row of the batch, and along
+            which axis; added to where a tensor is marked so.
 
     Raises:
         ValueError: a parameter has no shape yet.
     """
 
-    def __init__(self, root: nn.Module, rows: set[Place]) -> None:
+    def __init__(self, root: nn.Module, rows: dict[Spot, int]) -> None:
         parameters: dict[int, Tensor] = {}
         buffers: dict[int, Tensor] = {}
         for name, parameter in root.named_parameters():
             _check_shape(name, parameter)
             parameters[id(parameter)] = parameter
         self._contents: list[Collection[Any]] = []  # always as they are now
-        self.carried: dict[Place, Tensor] = {}
+        self.carried: dict[Spot, Tensor] = {}
         self._plain: list[tuple[Tensor, bool]] = []
         self.holders = holders(root)
         for module in self.holders:
@@ -82,17 +82,20 @@ class Tree:
             if isinstance(module, nn.Module):
                 hooks = (module._forward_hooks, module._forward_pre_hooks)
                 self._contents += (table.values() for table in hooks)
-            tables = [value for name, value in own.items() if is_own_container(name, value)]
+            tables = [value for name, value in own.items() if name in TABLES]
+            tables += chain.from_iterable(map(containers_in, own_values(module).values()))
             self._contents += (t.values() if isinstance(t, dict) else t for t in tables)
-            held = [(name, value) for name, value in own.items() if isinstance(value, Tensor)]
-            self._plain += [(value, value.requires_grad) for _, value in held]
-            for name, value in (*held, *buffers_of(module).items()):
-                if value is None or id(value) in parameters:
+            for name, path, value in tensors_on(module):
+                spot = Ref(module), name, path
+                if name not in buffers_of(module):
+                    self._plain.append((value, value.requires_grad))
+                if id(value) in parameters:
                     continue
-                if hasattr(value, _MARK):
-                    rows.add((Ref(module), name))
-                if value.grad_fn is not None or (Ref(module), name) in rows:
-                    self.carried[Ref(module), name] = value
+                if (marked := rows_axis(value)) is not None:
+                    rows[spot] = marked
+                axis = rows.get(spot, value.ndim)
+                if value.grad_fn is not None or axis < value.ndim:
+                    self.carried[spot] = value.movedim(axis, 0) if 0 < axis < value.ndim else value
                 else:
                     (parameters if value.requires_grad else buffers)[id(value)] = value
         self._counts = [*map(len, self._contents)]
@@ -118,19 +121,36 @@ class Tree:
         return [parameter.data_ptr() for parameter in found], [p.shape for p in found]
 
 
-def current_tree(tree: Tree | None, root: nn.Module, rows: set[Place]) -> Tree:
+def current_tree(tree: Tree | None, root: nn.Module, rows: dict[Spot, int]) -> Tree:
     """`tree` if it is still that of `root`, else a new one."""
     return tree if tree is not None and tree.is_current() else Tree(root, rows)
 
 
-def mark_rows(tensor: Tensor) -> None:
-    """Marks `tensor`, in an attribute of a module, as having a row for each row of the batch."""
-    setattr(tensor, _MARK, True)
+def mark_rows(tensor: Tensor, axis: int) -> None:
+    """Marks `tensor`, in an attribute, as having a row for each row of the batch along an axis."""
+    setattr(tensor, _MARK, axis)
 
 
-def is_own_container(name: str, value: Any) -> bool:
-    """Whether a module keeps things of its own in `value`, its attribute `name`."""
-    return type(value) in CONTAINERS and (name in _TABLES or name not in _TORCHS_OWN)
+def rows_axis(tensor: Tensor) -> int | None:
+    """Along which axis `tensor` has been marked as having a row for each row of the batch."""
+    return getattr(tensor, _MARK, None)
+
+
+def own_values(holder: Any) -> dict[str, Any]:
+    """What a module, or an object, has in attributes that are not torch's."""
+    values = holder.__dict__.items()
+    return {n: value for n, value in values if n not in _TORCHS_OWN and n != EXECUTION}
+
+
+def tensors_on(holder: Any) -> Iterator[tuple[str, Path, Tensor]]:
+    """The tensors in attributes of `holder` and in containers there, with their paths; buffers."""
+    for name, value in own_values(holder).items():
+        for path, leaf in leaves(value):
+            if isinstance(leaf, Tensor):
+                yield name, path, leaf
+    for name, buffer in buffers_of(holder).items():
+        if buffer is not None:
+            yield name, (), buffer
 
 
 def is_plain_object(value: Any) -> bool:
@@ -143,8 +163,9 @@ def is_plain_object(value: Any) -> bool:
 def holders(root: nn.Module) -> list[Any]:
     """What has attributes that a forward may set: the modules, and objects in their attributes."""
     modules = list(root.modules())
-    values = [value for module in modules for value in module.__dict__.values()]
-    objects = {id(value): value for value in values if is_plain_object(value)}
+    values = [value for module in modules for value in own_values(module).values()]
+    inside = [leaf for value in values for _, leaf in leaves(value)]
+    objects = {id(value): value for value in inside if is_plain_object(value)}
     return [*modules, *objects.values()]
 
 
@@ -156,9 +177,8 @@ def buffers_of(holder: Any) -> dict[str, Tensor | None]:
 def attributes(module: Any) -> dict[str, Iterable[Any]]:
     """What a forward may have set on `module`: each attribute's value and, of containers, items."""
     found: dict[str, Iterable[Any]] = {name: (b,) for name, b in buffers_of(module).items()}
-    for name, value in module.__dict__.items():
-        if name not in _TORCHS_OWN and name != EXECUTION:
-            found[name] = (value, *items(value)) if type(value) in CONTAINERS else (value,)
+    for name, value in own_values(module).items():
+        found[name] = (value, *contents(value))
     return found
 
 
@@ -168,17 +188,6 @@ def is_quiet(module: Any) -> bool:
         return False
     hooks = module._forward_pre_hooks or module._forward_hooks
     return type(module).__module__.startswith("torch.nn.modules.") and not hooks
-
-
-def items(container: Any) -> list[Any]:
-    """What `container` contains."""
-    return list(container.values()) if isinstance(container, dict) else list(container)
-
-
-def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
-    """Whether `a` and `b` are made of the same objects."""
-    a, b = list(a), list(b)
-    return len(a) == len(b) and all(map(operator.is_, a, b))
 
 
 def _check_shape(name: str, parameter: Tensor) -> None:

@@ -1,0 +1,221 @@
+# type: ignore  # torch's types are wider than what a step knows
+"""States that a model keeps from call to call, in attributes and in containers there."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict, deque
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+
+from .registry import randn, step, update
+
+
+class Recurrent(nn.Module):
+    """A cell, and its state wherever `state` keeps it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.head = nn.GRUCell(3, 4), nn.Linear(4, 2)
+        self.reset()
+
+    def forward(self, x):
+        self.write(self.cell(x, self.read()))
+        return self.head(self.read())
+
+
+class InATuple(Recurrent):
+    def reset(self):
+        self.state = None
+
+    def read(self):
+        return None if self.state is None else self.state[1]
+
+    def write(self, h):
+        self.state = (h.detach().square(), h)
+
+
+class InAList(Recurrent):
+    """All states so far."""
+
+    def reset(self):
+        self.states = []
+
+    def read(self):
+        return self.states[-1] if self.states else None
+
+    def write(self, h):
+        self.states.append(h)
+
+
+class InADict(Recurrent):
+    def reset(self):
+        self.state = {}
+
+    def read(self):
+        return self.state.get("h")
+
+    def write(self, h):
+        self.state["h"] = h
+
+
+class Nested(Recurrent):
+    def reset(self):
+        self.state = {"layers": [OrderedDict(h=None)], "calls": [0]}
+
+    def read(self):
+        return self.state["layers"][0]["h"]
+
+    def write(self, h):
+        self.state["layers"][0]["h"] = h
+        self.state["calls"][0] += 1
+
+
+class InADefaultDict(Recurrent):
+    def reset(self):
+        self.states = defaultdict(lambda: deque(maxlen=2))
+
+    def read(self):
+        return self.states["h"][-1] if self.states["h"] else None
+
+    def write(self, h):
+        self.states["h"].append(h)
+
+
+class InAnObjectInADict(Recurrent):
+    def reset(self):
+        self.state = {"layer": SimpleNamespace(h=None, calls=0)}
+
+    def read(self):
+        return self.state["layer"].h
+
+    def write(self, h):
+        self.state["layer"].h = h
+        self.state["layer"].calls += 1
+
+
+def _unrolled(net, kept_in):
+    def run(m, o, k):
+        m.net.reset()
+        outs = [m.net(randn(10 * k + t, 7, 3)) for t in range(3)]
+        update(o.net, sum(out.square().mean() for out in outs))
+        return outs, m.net.read()
+
+    run.__name__ = f"state_kept_in_{kept_in}"
+    step(net=net)(run)
+
+
+_unrolled(InATuple, "a_tuple")
+_unrolled(InAList, "a_list")
+_unrolled(InADict, "a_dict")
+_unrolled(Nested, "containers_in_containers")
+_unrolled(InADefaultDict, "a_deque_in_a_defaultdict")
+_unrolled(InAnObjectInADict, "an_object_in_a_dict")
+
+
+class Torchs(nn.Module):
+    """Keeps the state of torch's LSTM, whose rows are along the second axis."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.state = nn.LSTM(3, 4, num_layers=2, batch_first=True), None
+
+    def forward(self, x):
+        out, self.state = self.lstm(x, self.state)
+        return out
+
+
+@step(net=Torchs)
+def state_of_torchs_lstm_kept_and_detached(m, o, k):
+    if k:
+        m.net.state = tuple(s.detach() for s in m.net.state)
+    out = m.net(randn(k, 7, 5, 3))
+    update(o.net, out.square().mean())
+    return out, *m.net.state
+
+
+@step(net=Torchs)
+def state_of_torchs_lstm_through_one_backward(m, o, k):
+    m.net.state = None
+    outs = [m.net(randn(10 * k + t, 8, 5, 3)) for t in range(3)]  # shards of as many rows as units
+    update(o.net, outs[-1].square().mean())
+    return outs, m.net.state
+
+
+class Remembered(nn.Module):
+    """Runs torch's LSTM from zeros that it makes itself, and keeps what came out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.hidden = nn.LSTM(3, 4, batch_first=True), None
+
+    def forward(self, x):
+        self.hidden = torch.zeros(1, len(x), 4), torch.zeros(1, len(x), 4)
+        out, self.hidden = self.lstm(x, self.hidden)
+        return out[:, -1]
+
+
+@step(net=Remembered)
+def state_that_every_forward_begins_anew(m, o, k):
+    out = m.net(randn(k, 7, 5, 3))
+    update(o.net, out.square().mean())
+    return out, *m.net.hidden
+
+
+class Statistics(nn.Module):
+    """Running statistics in containers, written to in place; weights in a list and in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 4)
+        self.running = {"mean": torch.zeros(4), "calls": [torch.zeros(())]}
+        self.scales = [nn.Parameter(torch.ones(4))]
+        self.shifts = (torch.zeros(4, requires_grad=True),)
+        self.halved = [self.a.weight.detach() / 2]
+
+    def forward(self, x):
+        h = self.a(x) * self.scales[0] + self.shifts[0]
+        out = (h - self.running["mean"]) @ self.halved[0]
+        if self.training:
+            self.running["mean"].mul_(0.9).add_(h.detach().mean(0), alpha=0.1)
+            self.running["calls"][0] += 1
+        return out
+
+
+@step(net=Statistics, steps=4)
+def statistics_and_weights_in_containers(m, o, k):
+    mean = m.net.running["mean"]
+    out = m.net(randn(k, 7, 3))
+    m.net.scales[0].grad = m.net.shifts[0].grad = None
+    update(o.net, out.square().mean())
+    with torch.no_grad():
+        for weight in (m.net.scales[0], m.net.shifts[0]):
+            weight -= 0.1 * weight.grad
+    is_same = mean is m.net.running["mean"]
+    return out, mean, m.net.running["calls"][0], m.net.scales[0], m.net.shifts[0], is_same
+
+
+class Modules(nn.Module):
+    """A list of modules and what they made, in one container that the forward adds to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.stages = [[self.a, None], [self.b, None]]
+
+    def forward(self, x):
+        for stage in self.stages:
+            x = stage[0](x).tanh()
+            stage[1] = x
+        return x
+
+
+@step(net=Modules)
+def activations_beside_modules_in_a_list(m, o, k):
+    out = m.net(randn(k, 7, 3))
+    update(o.net, out.square().mean())
+    is_own = [
+        stage[0] is layer for stage, layer in zip(m.net.stages, (m.net.a, m.net.b), strict=True)
+    ]
+    return out, [stage[1] for stage in m.net.stages], is_own

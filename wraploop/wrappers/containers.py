@@ -1,0 +1,122 @@
+"""Containers that a module keeps things in: lists, dicts, deques and tuples, one inside the other.
+
+Of what stands in them a path says where: the keys and numbers on the way to it, none for a value
+that is no container.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict)  # that may be changed
+Path = tuple[Any, ...]
+_ATOMS = (bool, int, float, str, type(None))  # which are many, where there are many things
+
+
+def items(container: Any) -> list[Any]:
+    """What `container` contains."""
+    return list(container.values()) if isinstance(container, dict) else list(iter(container))
+
+
+def contents(value: Any) -> list[Any]:
+    """What `value` contains, if it is a container that may be changed."""
+    return items(value) if type(value) in CONTAINERS else []
+
+
+def same(a: Iterable[Any], b: Iterable[Any]) -> bool:
+    """Whether `a` and `b` are made of the same objects."""
+    a, b = list(iter(a)), list(iter(b))
+    return len(a) == len(b) and all(map(operator.is_, a, b))
+
+
+def parts(value: Any) -> Iterable[tuple[Any, Any]]:
+    """What `value` contains in an order of its own, by key or number; nothing if it does not."""
+    if isinstance(value, tuple) or type(value) in (list, deque):
+        return enumerate(value)
+    return value.items() if isinstance(value, dict) and type(value) in CONTAINERS else ()
+
+
+def containers_in(value: Any) -> list[Any]:
+    """The containers in `value`, itself among them, that may be changed; each once."""
+    found: dict[int, Any] = {}
+    left = [value]
+    while left:
+        value = left.pop()
+        if id(value) in found or not (isinstance(value, tuple) or type(value) in CONTAINERS):
+            continue
+        if not isinstance(value, tuple):
+            found[id(value)] = value
+        left += items(value)
+    return list(found.values())
+
+
+def leaves(value: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:
+    """What stands in `value` and is no container with an order, with its path."""
+    inside = list(parts(value)) if id(value) not in above else ()
+    if not inside:
+        yield path, value
+    for key, part in inside:
+        if type(part) in _ATOMS:
+            yield (*path, key), part
+        else:
+            yield from leaves(part, (*path, key), (*above, id(value)))
+
+
+def mapped(value: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> Any:
+    """`value` with each of its `leaves` replaced by `fn(path, leaf)`; new, if it may be changed."""
+    return _mapped(value, fn, path, {})
+
+
+def _mapped(value: Any, fn: Callable[[Path, Any], Any], path: Path, made: dict[int, Any]) -> Any:
+    if id(value) in made:
+        return made[id(value)]
+    if isinstance(value, tuple):
+        new = [_mapped(part, fn, (*path, i), made) for i, part in enumerate(value)]
+        return value if same(new, value) else _tuple(type(value), new)
+    if type(value) not in CONTAINERS:
+        return fn(path, value)
+    if isinstance(value, set):
+        return copy.copy(value)
+    new = made[id(value)] = copy.copy(value)  # which it may contain
+    found = [(key, _mapped(part, fn, (*path, key), made)) for key, part in parts(value)]
+    _fill(new, found)
+    return new
+
+
+def _tuple(kind: type[Any], values: list[Any]) -> Any:
+    try:  # not by a constructor of the user's, which may take something else
+        return tuple.__new__(kind, values)
+    except TypeError:  # a class written in C, as torch's are
+        return kind(values)
+
+
+def _fill(container: Any, found: list[tuple[Any, Any]]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        container.update(found)
+    else:
+        container.extend(part for _, part in found)
+
+
+def take_over(old: Any, new: Any) -> None:
+    """Has the container `old` hold what `new` holds, of the same type; those in it alike."""
+    if old is new:
+        return
+    if isinstance(old, set):
+        held = [*new]
+        old.clear()
+        old.update(held)
+        return
+    before = dict(parts(old))
+    _fill(old, [(key, _merged(before.get(key), part)) for key, part in parts(new)])
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if type(old) is not type(new) or type(new) not in CONTAINERS:
+        return new
+    take_over(old, new)
+    return old
