@@ -172,7 +172,19 @@ def gan():
     assert_equal(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
+def checkpoints_of_their_own(rank: int, root: str) -> None:
+    """Of one name, on each process's own disk."""
+    one = learner(model=DistributedModel(net(), timeout_s=20))
+    for part in range(2):
+        one.save(Path(root) / f"{part}" / "checkpoint")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"Rank 1 has another checkpoint in .* than rank 0"):
+            one.load(Path(root) / f"{rank}" / "checkpoint")
+    one.load(Path(root) / "0" / "checkpoint")
+
+
 PARTS = {
+    "their_own": checkpoints_of_their_own,
     "together": in_one_of_two_processes,
     "logs": logs.in_one_of_two_processes,
     "metrics": metrics.in_one_of_two_processes,

@@ -66,21 +66,28 @@ def read_alike(path: str | os.PathLike[str]) -> State:
 
     Raises:
         OSError, NotWhole: one of them cannot.
+        ValueError: they have found different ones, in folders of that name of their own.
     """
-    state, error = None, None
+    state, error, checksums = None, None, b""
     try:
-        state = read(path)
+        state, checksums = read(path), (_replaced(Path(path)) / _LIST).read_bytes()
     except Exception as failed:
         error = failed
-    said = processes.gather(error and f"{type(error).__name__}: {error}")
+    said = processes.gather((error and f"{type(error).__name__}: {error}", checksums))
     if error:
         raise error
-    failed = {rank: each for rank, each in enumerate(said) if each}
+    failed = {rank: each for rank, (each, _) in enumerate(said) if each}
     if failed:
         rank, message = next(iter(failed.items()))
         raise OSError(
             f"Rank {rank} cannot read the checkpoint, which rank {processes.rank()} can: {message} "
             "Every process reads it: put it where all of them see it."
+        )
+    differing = [rank for rank, each in enumerate(said) if each != said[0]]
+    if differing:
+        raise ValueError(
+            f"Rank {differing[0]} has another checkpoint in {path} than rank 0. Every process "
+            "reads the same: put it where all of them see it."
         )
     assert state is not None
     return state
