@@ -1,4 +1,7 @@
-"""Run by `test_faults.py` in two processes: each fault in turn, and what each rank gets."""
+"""Run by `test_faults.py` in two processes: each fault in turn, and what each rank gets.
+
+In three processes: what is wrong on two of them.
+"""
 
 import os
 import time
@@ -244,5 +247,16 @@ def main() -> None:
     attempt("an end", lambda: model(x))
 
 
+def of_three() -> None:
+    local = DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3)
+    x = torch.randn(4, 3)
+    same = torch.arange(12.0).view(4, 3)
+    attempt("no rows, and the same", lambda: local(same[: 4 * (RANK > 0)]))
+    attempt("after no rows", lambda: local(x + RANK).sum().backward())
+    DistributedModel(nn.Linear(3, 1), timeout_s=3)
+    attempt("in step again", lambda: local(torch.randn(4, 3)))
+    attempt("and drew", lambda: (torch.rand(1), local(x + RANK)))
+
+
 if __name__ == "__main__":
-    main()
+    main() if int(os.environ["WORLD_SIZE"]) == 2 else of_three()

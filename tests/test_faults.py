@@ -55,9 +55,17 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def got():
-    """What each rank got, and in how many seconds, by fault."""
-    done = forked.run(Path(__file__).with_name("faults.py"), processes=2)
+    done = run(2)
     assert "ValueError: which ends the script" in done.stderr, done.stderr
+    return by_fault(done)
+
+
+def run(processes):
+    return forked.run(Path(__file__).with_name("faults.py"), processes=processes)
+
+
+def by_fault(done):
+    """What each rank got, and in how many seconds, by fault."""
     found: dict[str, dict[int, tuple[float, str]]] = {}
     for line in done.stdout.splitlines():
         rank, name, seconds, text = line.split("|", 3)
@@ -95,3 +103,16 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(g
 def test_an_exception_that_ends_one_process_is_told_to_the_others(got):
     _, text = got["an end"][0]
     assert re.search("PeerError Rank 1 failed.*ValueError: which ends the script", text), text
+
+
+def test_what_is_wrong_on_two_of_three_is_an_error_on_all():
+    found = by_fault(run(3))
+    for name, message in {
+        "no rows, and the same": "ValueError Every process has passed the same 4 rows",
+        "after no rows": "nothing",
+        "in step again": "ValueError .*the same 4 rows.*batch='global' after this one",
+        "and drew": "ValueError .*the same random numbers.*batch='global' takes them away",
+    }.items():
+        texts = [text for _, text in found[name].values()]
+        assert len(texts) == 3
+        assert all(re.match(message, text) for text in texts), (name, texts)

@@ -161,9 +161,9 @@ class LocalRunner:
         self._same.end()
         told = [*map(_TOLD.unpack, said)]
         counts, batches, randoms, drawn = zip(*told, strict=True)
-        full = [rank for rank, count in enumerate(counts) if count and rows]
+        full = [rank for rank, count in enumerate(counts) if count]  # the same on every rank
         if len(full) > 1 and len({batches[rank] for rank in full}) == 1:
-            raise ValueError(_SAME_BATCH.format(rows, name))
+            raise ValueError(_SAME_BATCH.format(counts[full[0]], name))
         if all(drawn) and len(set(randoms)) == 1:
             raise ValueError(_SAME_NOISE.format(name))
         return list(counts)
@@ -236,11 +236,14 @@ _DIVERGED = (
 
 _SAME_BATCH = (
     "Every process has passed the same {} rows to {}. With batch='local' each passes rows of its "
-    "own: iterate `wraploop.shard(loader)`, or use batch='global', where each passes all."
+    "own: iterate `wraploop.shard(loader)`, or use batch='global', where each passes all. If they "
+    "are drawn at random: making a DistributedModel with batch='global' after this one has put the "
+    "random states in step again; make this one last."
 )
 
 _SAME_NOISE = (
     "Every process has drawn the same random numbers before {}. With batch='local' each needs its "
-    "own. Making a DistributedModel gives it those: do not seed after that, or seed each process "
-    "with a number of its own."
+    "own. Making a DistributedModel with batch='local' gives it those, and making one with "
+    "batch='global' takes them away: make this one last and do not seed after that, or seed each "
+    "process with a number of its own."
 )
