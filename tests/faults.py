@@ -197,6 +197,15 @@ def main() -> None:
     deep = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     deep_local = DistributedModel(deep, batch="local", timeout_s=3)
 
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    late_sum = DistributedModel(layers, batch="local", reduce_at="step", timeout_s=3)
+    optimizers = [torch.optim.SGD(layer.parameters(), lr=1e-3) for layer in layers]
+
+    def step_in_another_order() -> None:
+        late_sum(x + RANK).mean().backward()
+        for optimizer in optimizers if RANK else optimizers[::-1]:
+            optimizer.step()
+
     twins = [DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3) for _ in range(2)]
 
     faults: dict[str, Callable[[], Any]] = {
@@ -223,6 +232,7 @@ def main() -> None:
         "another buffer, own rows": lambda: load_on_one(norms["local"], x + RANK),
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
+        "another order of steps": step_in_another_order,
         "another of two models": lambda: twins[RANK](x + RANK),
         "another graph": lambda: create_graph_on_one(model, x),
         "another graph, own rows": lambda: create_graph_on_one(deep_local, x + RANK),

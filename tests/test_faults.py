@@ -39,6 +39,7 @@ EXPECTED = {
         r"PeerError The processes do different .*4 of 4 require.*2 of 4 require",
     )
     * 2,
+    "another order of steps": (r"PeerError .*have left, 2 of 4 \(#\w+\)",) * 2,
     "another of two models": (
         r"PeerError .*rank 0: begin .*, model \d.*rank 1: begin .*, model \d",
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import weakref
+import zlib
 from typing import Any, Literal
 
 import torch
@@ -49,16 +50,18 @@ class AtStep:
     def bring_together(self, optimizer: torch.optim.Optimizer) -> None:
         """Sums the gradients of those of its parameters that backwards have left apart."""
         stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        leaves = [leaf for i, leaf in self.left.items() if i in stepped]
+        which = [i in stepped for i in self.left]
+        leaves = [*itertools.compress(self.left.values(), which)]
         for leaf in leaves:
             del self.left[id(leaf)]
         if leaves:
-            sum_left(self._rank, leaves, self._reducer_for(leaves))
+            sum_left(self._rank, leaves, self._reducer_for(leaves, which))
 
-    def _reducer_for(self, leaves: list[Tensor]) -> Reducer:
+    def _reducer_for(self, leaves: list[Tensor], which: list[bool]) -> Reducer:
         """The one that has summed gradients of that kind before: it keeps the memory for them."""
-        kind = tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
-        reducer = self._reducers.get(kind) or reducer_for(self._rank, leaves)
+        kind = (*which, *((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves))
+        said = f"{len(leaves)} of {len(which)} (#{zlib.crc32(bytes(which)):08x})"
+        reducer = self._reducers.get(kind) or reducer_for(self._rank, leaves, said)
         keep(self._reducers, kind, reducer, _MOST_REDUCERS)
         return reducer
 
@@ -98,9 +101,10 @@ def _bring_together(optimizer: torch.optim.Optimizer) -> None:
         each.bring_together(optimizer)
 
 
-def reducer_for(rank: Rank, leaves: list[Tensor]) -> Reducer:
-    """What sums what backwards have left in the leaves' `.grad`."""
-    return Reducer(rank, "what backwards have left", [leaf.detach() for leaf in leaves])
+def reducer_for(rank: Rank, leaves: list[Tensor], which: str = "all") -> Reducer:
+    """What sums what backwards have left in the leaves' `.grad`; `which` is alike on every rank."""
+    doing = f"what backwards have left, {which}"
+    return Reducer(rank, doing, [leaf.detach() for leaf in leaves])
 
 
 def sum_left(rank: Rank, leaves: list[Tensor], reducer: Reducer) -> None:
