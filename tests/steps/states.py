@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from .registry import randn, step, update
+from .registry import mine, randn, step, update
 
 
 class Recurrent(nn.Module):
@@ -183,10 +183,10 @@ class Statistics(nn.Module):
         return out
 
 
-@step(net=Statistics, steps=4)
+@step(net=Statistics, steps=4, local="mean")
 def statistics_and_weights_in_containers(m, o, k):
     mean = m.net.running["mean"]
-    out = m.net(randn(k, 7, 3))
+    out = m.net(mine(randn(k, 7, 3)))
     m.net.scales[0].grad = m.net.shifts[0].grad = None
     update(o.net, out.square().mean())
     with torch.no_grad():

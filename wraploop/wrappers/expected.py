@@ -42,7 +42,7 @@ class Expected(NamedTuple):
         spread: how far `outputs` and `changes` are apart if inputs and parameters are by rounding
             errors.
         precision: of the numbers that it has been computed with.
-        drew: whether it has drawn random numbers, so that values of tensors say nothing.
+        says_values: whether values of tensors say something: it drew no random numbers, say.
     """
 
     outputs: dict[str, Any]
@@ -50,7 +50,7 @@ class Expected(NamedTuple):
     changes: dict[Place, Any]
     spread: Callable[[], dict[Key, Distance]]
     precision: float
-    drew: bool = False
+    says_values: bool = True
 
     def check(self, call: Call, output: Nest, edits: dict[int, Edit], ran: Ran) -> None:
         """Compares what the shards have given.
@@ -124,14 +124,18 @@ class Expected(NamedTuple):
 
     def _is_close(self, apart: Distance | None, noise: Distance | None = None) -> bool:
         """Whether no element is off by more than the precision, and many times the `noise`."""
-        if self.drew or apart is None:
+        if not self.says_values or apart is None:
             return True
         allowed = self.precision * (apart.scale + self.precision)
         return apart.most <= allowed + (_MANY * noise.most if noise else 0.0)
 
     def _is_fine(self, apart: Distance | None, noise: Distance | None = None) -> bool:
         """Whether most are off by less than that: some may be, where a forward rounds or picks."""
-        if self.drew or apart is None or torch.get_float32_matmul_precision() != "highest":
+        if (
+            not self.says_values
+            or apart is None
+            or torch.get_float32_matmul_precision() != "highest"
+        ):
             return True
         precision = min(self.precision, _FINE)
         allowed = precision * (apart.scale + precision)

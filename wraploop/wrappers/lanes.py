@@ -99,6 +99,8 @@ class Lane(Shard):
     It holds no group, which holds it: every call would leave a cycle, and sums, to the collector.
     """
 
+    is_lane = True
+
     def __init__(self, meeting: Meeting, index: int, rows: int, loss_weight: float) -> None:
         self.meeting = meeting
         self.index = index

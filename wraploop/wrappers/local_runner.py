@@ -184,12 +184,13 @@ class LocalRunner:
         return replicas
 
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
-        """Puts in `wholes` the mean over ranks of what the forward has written to buffers."""
+        """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place."""
         at = len(tensors_of(ran.output))
         places, values, names = [], [], []
         for (_, name), change in ran.changes.items():
-            for leaf in tensors_of(change.value):
-                if change.is_buffer and not change.is_agreed and leaf.is_floating_point():
+            for i, leaf in enumerate(tensors_of(change.value)):
+                is_shared = change.is_buffer or i in change.into
+                if is_shared and not change.is_agreed and leaf.is_floating_point():
                     places.append(at)
                     names.append(name)
                     values.append(leaf.detach())

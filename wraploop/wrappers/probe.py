@@ -68,18 +68,23 @@ class Probe:
         """
         kind = (call.method, self._module.training)
         self._calls[kind] += 1
-        count = self._calls[kind]
-        if count & (count - 1) or current() is not None or not _is_free_of_effects(self._module):
+        count, outer = self._calls[kind], current()
+        if (
+            count & (count - 1)
+            or (outer and outer.is_lane)
+            or not _is_free_of_effects(self._module)
+        ):
             return None
         with kept_random_state() as noise, torch.no_grad(), unsplit():
             try:
                 output, changes, parameters = self._made(call, _clone(call.inputs))
             except Exception:  # the shards' run will say what is wrong, or it needs gradients
                 return None
-        if noise.drew:
+        if noise.drew and not outer:
             self._check_in_evaluation(call, parts)
         spread = cache(partial(self._spread, call))
-        return Expected(output, parameters, changes, spread, _precision(output), noise.drew)
+        says_values = not (noise.drew or outer)  # another's rows are in means over the batch
+        return Expected(output, parameters, changes, spread, _precision(output), says_values)
 
     def _check_in_evaluation(self, call: Call, parts: Sequence[slice]) -> None:
         with kept_random_state() as noise, torch.no_grad(), unsplit():

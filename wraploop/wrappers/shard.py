@@ -33,11 +33,13 @@ class Shard(ABC):
         loss_weight: what a loss outside counts for in the loss of the whole batch: 1 where it is of
             all rows, else the share of this process's rows in all.
         is_whole: whether there is no other shard.
+        is_lane: whether others run in this process at the same time.
     """
 
     rows: int
     loss_weight: float = 1.0
     is_whole: bool = False
+    is_lane: bool = False
 
     @abstractmethod
     def total(self, tensor: Tensor) -> Tensor:
