@@ -131,11 +131,8 @@ class Expected(NamedTuple):
 
     def _is_fine(self, apart: Distance | None, noise: Distance | None = None) -> bool:
         """Whether most are off by less than that: some may be, where a forward rounds or picks."""
-        if (
-            not self.says_values
-            or apart is None
-            or torch.get_float32_matmul_precision() != "highest"
-        ):
+        rounds = torch.get_float32_matmul_precision() != "highest"
+        if not self.says_values or apart is None or rounds:
             return True
         precision = min(self.precision, _FINE)
         allowed = precision * (apart.scale + precision)

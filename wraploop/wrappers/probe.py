@@ -69,11 +69,9 @@ class Probe:
         kind = (call.method, self._module.training)
         self._calls[kind] += 1
         count, outer = self._calls[kind], current()
-        if (
-            count & (count - 1)
-            or (outer and outer.is_lane)
-            or not _is_free_of_effects(self._module)
-        ):
+        if count & (count - 1) or (outer is not None and outer.is_lane):
+            return None
+        if not _is_free_of_effects(self._module):
             return None
         with kept_random_state() as noise, torch.no_grad(), unsplit():
             try:
