@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from wraploop import DataParallel, ThreadedCPUParallel
+from wraploop import DataParallel, ThreadedCPUParallel, batch_mean
 from wraploop.wrappers import lanes, shard, threads
 from wraploop.wrappers.replica import Replica
 from wraploop.wrappers.tuning import Tuner
@@ -154,6 +154,28 @@ def test_a_lane_that_fails_before_a_batch_norm_does_not_leave_the_others_waiting
     with pytest.raises(KeyError, match="positive"):
         model(torch.tensor([[-1.0, -1.0], [-1.0, -2.0], [1.0, 1.0]]))
     assert time.perf_counter() - begun < 5
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.BatchNorm1d(2), nn.BatchNorm1d(1)],
+        [batch_mean, lambda x: batch_mean(x[:, :1])],
+    ],
+)
+def test_lanes_at_different_statistics_are_an_error_in_words_of_its_own(layers):
+    class Choosing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x):
+            is_positive = bool((x > 0).all())
+            return x + self.layers[is_positive](x[:, : 2 - is_positive])
+
+    model = ThreadedCPUParallel(Choosing(), threads=2)
+    with pytest.raises(ValueError, match="at different statistics of the whole batch"):
+        model(torch.tensor([[-1.0, -1.0], [-1.0, -2.0], [1.0, 1.0], [2.0, 1.0]]))
 
 
 @pytest.mark.parametrize("args", [(), (3,), ("three",), (3, "three")])

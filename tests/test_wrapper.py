@@ -181,6 +181,14 @@ def wrap_in_lanes(request):
     return WRAPPERS[request.param]
 
 
+class Secretive:
+    def __call__(self):
+        pass
+
+    def __repr__(self):
+        return "Secretive()"
+
+
 class Pair(nn.Module):
     def forward(self, x, y):
         return x + y
@@ -209,6 +217,7 @@ def test_inputs_that_disagree_about_rows_are_refused(wrap_in_lanes):
         (lambda x: object(), TypeError, "is a object, which cannot be put together"),
         (lambda x: x.sum().item(), ValueError, "differs between shards"),
         (lambda x: (x > 0).sum(), TypeError, "0-dimensional torch.int64"),
+        (lambda x: Secretive(), ValueError, r"Secretive\(\), another object, which may hold"),
     ],
 )
 def test_outputs_that_cannot_be_put_together_are_refused(wrap_in_lanes, output, error, message):

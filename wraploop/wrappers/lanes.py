@@ -77,12 +77,14 @@ class Meeting:
             return self._whole
 
     def _total(self, brought: list[Tensor]) -> Tensor:
+        _check_shapes([*map(_shape, brought)])
         total = brought[0]
         for tensor in brought[1:]:
             total = total + tensor.to(total.device)
         return self._parent.total(total) if self._parent else total
 
     def _everyones(self, brought: list[np.ndarray]) -> np.ndarray:
+        _check_shapes([*map(_shape, brought)])
         rows = np.concatenate(brought)
         return self._parent.everyones(rows) if self._parent else rows
 
@@ -91,6 +93,19 @@ class Meeting:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
+
+
+def _shape(brought: Tensor | np.ndarray) -> tuple[int, ...]:
+    return tuple(brought.shape)
+
+
+def _check_shapes(shapes: list[tuple[int, ...]]) -> None:
+    """Checks that all lanes are at the same layer."""
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            f"Shards are at different statistics of the whole batch, of shapes {shapes}: the "
+            "module must use the same layers of such (BatchNorm, batch_mean) for every row."
+        )
 
 
 class Lane(Shard):

@@ -398,9 +398,12 @@ def check_alike(outputs: Sequence[Nest], where: str, joins: bool = True) -> None
         others = list(leaves_of(output))
         for (path, mine), (other_path, other) in zip(first, others, strict=False):
             if path != other_path or not _alike(mine, other, joins):
+                one, another = _describe(mine), _describe(other)
+                if one == another:
+                    another += ", another object, which may hold what it does not show"
                 raise ValueError(
-                    f"{where} differs between shards: {path or 'it'} is {_describe(mine)} in one, "
-                    f"{other_path or 'it'} is {_describe(other)} in another. Return values that "
+                    f"{where} differs between shards: {path or 'it'} is {one} in one, "
+                    f"{other_path or 'it'} is {another} in another. Return values that "
                     "depend on the rows as tensors with one row for each row of the batch."
                 )
         if len(first) != len(others):
