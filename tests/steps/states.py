@@ -219,3 +219,33 @@ def activations_beside_modules_in_a_list(m, o, k):
         stage[0] is layer for stage, layer in zip(m.net.stages, (m.net.a, m.net.b), strict=True)
     ]
     return out, [stage[1] for stage in m.net.stages], is_own
+
+
+class Alternating(nn.Module):
+    """Makes what the next forward uses up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.register_buffer("start", torch.ones(3))
+
+    def forward(self, x):
+        if hasattr(self, "start"):
+            x = x + self.start
+            del self.start
+        h = self.a(x)
+        if hasattr(self, "kept"):
+            h = h + self.kept
+            del self.kept
+        else:
+            self.kept = h
+        return h
+
+
+@step(net=Alternating)
+def attributes_that_a_forward_deletes(m, o, k):
+    outs = [m.net(randn(10 * k + t, 7, 3)) for t in range(3 if k else 2)]
+    update(o.net, sum(out.square().mean() for out in outs))
+    if k == 1:
+        m.net.kept = m.net.kept.detach()
+    return outs, sorted(name for name in ("start", "kept") if hasattr(m.net, name))

@@ -21,6 +21,9 @@ class Held:
         self.of = of
 
 
+GONE = object()  # what an attribute is that a forward has deleted
+
+
 def without(value: Any, original: Callable[[Any], Any]) -> Any:
     """`value` in which all that stands for something of the original's is kept as that.
 
@@ -40,7 +43,7 @@ class Change(NamedTuple):
     """What a forward has set an attribute to.
 
     Attributes:
-        value: that.
+        value: that; `GONE` if it has deleted it.
         before: what it was.
         is_buffer: whether it is a buffer, or a tensor written to in place: not batched.
         is_in_place: whether it was written to in place.

@@ -28,7 +28,7 @@ from torch.nn.utils import parametrize
 
 from .batch import tensors_of
 from .batchnorm import Global, GlobalBatchNorm, global_class, statistics_of
-from .change import Change, without
+from .change import GONE, Change, without
 from .containers import (
     CONTAINERS,
     Path,
@@ -317,6 +317,9 @@ class Replica:
                 if before is None or place in stirred or not same(now[name], before):
                     self._is_changed = True
                     found[place] = self._changed(place, copy, before, written)
+            for name in made.keys() - now.keys():
+                self._is_changed = True
+                found[Ref(module), name] = Change(GONE)
         return found
 
     def _changed(
@@ -390,7 +393,10 @@ class Replica:
             for path, leaf in leaves(value):
                 if isinstance(leaf, Tensor) and (axis := rows_axis(leaf)) is not None:
                     self.rows[holder, name, path] = axis
-            if change.is_in_place:
+            if value is GONE:
+                buffers_of(module).pop(name, None)
+                module.__dict__.pop(name, None)
+            elif change.is_in_place:
                 target = buffers_of(module).get(name, old)
                 assert isinstance(target, Tensor)
                 if value.data_ptr() != target.data_ptr():
