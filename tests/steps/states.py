@@ -249,3 +249,32 @@ def attributes_that_a_forward_deletes(m, o, k):
     if k == 1:
         m.net.kept = m.net.kept.detach()
     return outs, sorted(name for name in ("start", "kept") if hasattr(m.net, name))
+
+
+class Swapping(nn.Module):
+    """Fills one of two lists in turns; and one in a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(3, 3)
+        self.lists, self.fixed = {"new": [], "old": []}, ([], {"means": [0.0]})
+
+    def forward(self, x):
+        h = self.a(x)
+        self.lists["new"], self.lists["old"] = self.lists["old"], self.lists["new"]
+        self.lists["new"].append(h)
+        self.fixed[0].append(h)
+        self.fixed[1]["means"][0] = h.mean()
+        return h
+
+
+@step(net=Swapping)
+def containers_that_change_places_are_those_that_the_user_holds(m, o, k):
+    lists, (flat, deep) = list(m.net.lists.values()), m.net.fixed
+    means = deep["means"]
+    outs = [m.net(randn(10 * k + t, 7, 3)) for t in range(3)]
+    update(o.net, sum(h.square().mean() for h in (*lists[0], *lists[1], *flat, *means)))
+    seen = [[*lists[0]], [*lists[1]], [*flat], [*means]]
+    for container in (*lists, flat):
+        container.clear()
+    return outs, seen, [each is m.net.lists["new"] for each in lists]

@@ -49,7 +49,7 @@ class Change(NamedTuple):
         is_in_place: whether it was written to in place.
         is_agreed: whether it is the same in every shard.
         rows: for each tensor in it, the axis that has a row for each row of the batch, if any.
-        onto: the original's container that it is.
+        onto: by path, the original's containers that stand in it.
         into: by number, tensors of the original's that have been written to in place, in it.
     """
 
@@ -59,7 +59,7 @@ class Change(NamedTuple):
     is_in_place: bool = False
     is_agreed: bool = False
     rows: tuple[int | None, ...] = ()
-    onto: Any = None
+    onto: Mapping[Path, Any] = {}
     into: Mapping[int, Tensor] = {}
 
     def known(self) -> Iterator[int | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict)  # that may be changed
@@ -102,21 +102,42 @@ def _fill(container: Any, found: list[tuple[Any, Any]]) -> None:
         container.extend(part for _, part in found)
 
 
-def take_over(old: Any, new: Any) -> None:
-    """Has the container `old` hold what `new` holds, of the same type; those in it alike."""
-    if old is new:
+def containers_at(
+    value: Any, path: Path = (), above: tuple[int, ...] = ()
+) -> Iterator[tuple[Path, Any]]:
+    """The containers in `value`, itself among them, that may be changed, with their paths."""
+    if id(value) in above:
         return
-    if isinstance(old, set):
-        held = [*new]
+    if type(value) in CONTAINERS:
+        yield path, value
+    for key, part in parts(value):
+        if type(part) not in _ATOMS:
+            yield from containers_at(part, (*path, key), (*above, id(value)))
+
+
+def put_into(olds: Mapping[Path, Any], value: Any) -> Any:
+    """`value`, but with the containers `olds` in their paths, which now hold what it holds there.
+
+    Args:
+        olds: these, each of the type of the one that it takes the place of.
+        value: in which no container is one of them.
+    """
+    return _put_into(olds, value, (), {})
+
+
+def _put_into(olds: Mapping[Path, Any], value: Any, path: Path, put: dict[int, Any]) -> Any:
+    if id(value) in put:
+        return put[id(value)]
+    if isinstance(value, tuple):
+        new = [_put_into(olds, part, (*path, i), put) for i, part in enumerate(value)]
+        return value if same(new, value) else _tuple(type(value), new)
+    if type(value) not in CONTAINERS:
+        return value
+    old = put[id(value)] = olds.get(path, value)
+    if isinstance(value, set):
+        held = [*value]
         old.clear()
         old.update(held)
-        return
-    before = dict(parts(old))
-    _fill(old, [(key, _merged(before.get(key), part)) for key, part in parts(new)])
-
-
-def _merged(old: Any, new: Any) -> Any:
-    if type(old) is not type(new) or type(new) not in CONTAINERS:
-        return new
-    take_over(old, new)
+        return old
+    _fill(old, [(key, _put_into(olds, part, (*path, key), put)) for key, part in parts(value)])
     return old

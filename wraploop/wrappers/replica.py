@@ -30,15 +30,15 @@ from .batch import tensors_of
 from .batchnorm import Global, GlobalBatchNorm, global_class, statistics_of
 from .change import GONE, Change, without
 from .containers import (
-    CONTAINERS,
     Path,
+    containers_at,
     containers_in,
     contents,
     items,
     leaves,
     mapped,
+    put_into,
     same,
-    take_over,
 )
 from .copies import Copies
 from .internals import differing, variables_behind, version_of
@@ -276,10 +276,7 @@ class Replica:
             copy = self._memo[id(module.of)]
             table = buffers_of(copy) if name in buffers_of(copy) else copy.__dict__
             value = mapped(table[name], lambda path, leaf, here=here: here.get(path, leaf))
-            if type(value) in CONTAINERS:
-                take_over(table[name], value)
-            else:
-                table[name] = value
+            table[name] = put_into(dict(containers_at(table[name])), value)
             self._put[module, name] = [table[name], *contents(table[name])]
         if any(path for _, _, path in parts):
             self._note_inside(self._holders)
@@ -338,7 +335,8 @@ class Replica:
         value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
         stands_for = self._stands_for()
         first = next(iter(before or ()), None)
-        onto = stands_for.get(id(value)) if type(value) in CONTAINERS else None
+        held = [(path, stands_for.get(id(container))) for path, container in containers_at(value)]
+        onto = {path: original for path, original in held if original is not None}
         taken = without(
             value, lambda leaf: None if id(leaf) in written else stands_for.get(id(leaf))
         )
@@ -404,11 +402,8 @@ class Replica:
                         target.copy_(value)
             elif change.is_buffer:
                 module._buffers[name] = value
-            elif change.onto is not None:
-                take_over(change.onto, value)
-                object.__setattr__(module, name, change.onto)
             else:
-                object.__setattr__(module, name, value)
+                object.__setattr__(module, name, put_into(change.onto, value))
 
     def check_outs(self, outs: Iterable[Tensor]) -> None:
         """Checks once that outs depend on no parameters but through leaves.
