@@ -52,6 +52,23 @@ def carried_moves(tree: Tree, spots: Container[Spot], rows: int) -> list[Move]:
     ]
 
 
+def of_other_rows(whole: Tensor, start: int, rows: int, total: int) -> Tensor:
+    """What a shard gets of what a call of another number of rows has left, with a row for each.
+
+    A forward sees that it is another and begins anew, or takes as many rows as it has: it gets what
+    stands at its rows and behind, or nothing where all are as many as its rows by chance.
+
+    Args:
+        whole: that.
+        start: the shard's first row.
+        rows: how many the shard has.
+        total: how many the batch has.
+    """
+    if len(whole) > total:
+        return whole[start:]
+    return whole[:0] if len(whole) == rows > 1 else whole
+
+
 def move_out(tensor: Tensor, rows: int, where: str) -> Move:
     """How an output of a shard that ran `rows` rows becomes whole.
 

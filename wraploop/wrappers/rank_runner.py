@@ -27,6 +27,7 @@ from .outputs import (
     carried_moves,
     check_alike,
     move_in,
+    of_other_rows,
     plain_values,
     signature,
     written_to,
@@ -103,7 +104,16 @@ class RankRunner:
             (spot, *go_in(rank, f"the gradient of {spot[1]}", [whole], [move], borrow=True))
             for (spot, whole), move in carried_in
         ]
-        replica.carry({spot: part for spot, _, (part,) in carried})
+        scattered = {s for (s, x) in tree.carried.items() if x.shape[:1] == (total,)}
+        start = shards[self.channel.rank].start
+        replica.carry(
+            {
+                spot: of_other_rows(part, start, rank.rows, total)
+                if spot in replica.rows and spot not in scattered
+                else part
+                for spot, _, (part,) in carried
+            }
+        )
 
         # Run
         keepsakes = Keepsakes(replica.hooks)
