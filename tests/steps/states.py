@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 
 import torch
@@ -278,3 +278,58 @@ def containers_that_change_places_are_those_that_the_user_holds(m, o, k):
     for container in (*lists, flat):
         container.clear()
     return outs, seen, [each is m.net.lists["new"] for each in lists]
+
+
+class BegunAnew(nn.Module):
+    """Begins anew where the batch has another number of rows; or takes the first rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.h, self.long = nn.GRUCell(3, 4), None, []
+
+    def forward(self, x):
+        if self.h is None or len(self.h) != len(x):
+            self.h = torch.zeros(len(x), 4)
+        self.h = self.cell(x, self.h.detach())
+        self.long = [self.cell(x, *(h[: len(x)].detach() for h in self.long))]
+        return self.h + self.long[0]
+
+
+@step(net=BegunAnew, steps=12)
+def state_of_another_number_of_rows(m, o, k):
+    rows = [9, 7, 7, 4, 3, 8, 4, 4, 2][k % 9]
+    if rows in (9, 8):
+        m.net.long = []
+    out = m.net(randn(k, rows, 3))
+    update(o.net, out.square().mean())
+    return out, m.net.h, m.net.long
+
+
+class Keyed(nn.Module):
+    """Keeps states by layer and by weight; counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.states, self.seen = {self.a: None}, {self.a.weight: [0]}
+        self.counts, self.deep = Counter(), [Counter(a=1)]
+
+    def forward(self, x):
+        for layer in (self.a, self.b):
+            h, before = layer(x), self.states.get(layer)
+            self.states[layer] = x = (h if before is None else h + before).tanh()
+            self.seen.setdefault(layer.weight, [0])[0] += 1
+        self.counts["calls"] += 1
+        self.deep[0]["a"] += 2
+        return x
+
+
+@step(net=Keyed)
+def states_by_layer_and_counters(m, o, k):
+    m.net.states.clear()
+    outs = [m.net(randn(10 * k + t, 7, 3)) for t in range(3)]
+    update(o.net, sum(out.square().mean() for out in outs))
+    layers = (m.net.a, m.net.b)
+    states = [m.net.states[layer] for layer in layers]
+    seen = [m.net.seen[layer.weight] for layer in layers]
+    return outs, states, seen, len(m.net.seen), dict(m.net.counts), dict(m.net.deep[0])

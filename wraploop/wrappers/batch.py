@@ -17,7 +17,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .objects import Attributes, attributes_of, is_object, with_attributes
 from .tree import is_plain_object
@@ -82,12 +82,18 @@ def _parts(nest: Nest) -> list[tuple[str, Nest]] | None:
     if dataclasses.is_dataclass(nest):
         return _attributes(nest)
     if isinstance(nest, Mapping):
-        return [(f"[{key!r}]", value) for key, value in nest.items()]
+        return [(_way(key, i), value) for i, (key, value) in enumerate(nest.items())]
     if isinstance(nest, tuple) and hasattr(nest, "_fields"):
         return [(f".{name}", value) for name, value in zip(nest._fields, nest, strict=True)]  # pyright: ignore
     if isinstance(nest, (tuple, list, deque)):
         return [(f"[{i}]", value) for i, value in enumerate(nest)]
     return None
+
+
+def _way(key: object, i: int) -> str:
+    """How to write that the `key` is followed, the i-th: no two modules' reprs need differ."""
+    is_long = isinstance(key, (Tensor, nn.Module))
+    return f"[{type(key).__name__} {i}]" if is_long else f"[{key!r}]"
 
 
 def _attributes(value: object) -> list[tuple[str, Nest]]:

@@ -36,7 +36,11 @@ def without(value: Any, original: Callable[[Any], Any]) -> Any:
         found = original(leaf)
         return leaf if found is None else Held(found)
 
-    return mapped(value, keep)
+    def key_of(key: Any) -> Any:
+        found = None if type(key) in (int, str) else original(key)
+        return key if found is None else found
+
+    return mapped(value, keep, key_of)
 
 
 class Change(NamedTuple):

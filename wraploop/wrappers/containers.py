@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict)  # that may be changed
+CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict, Counter)  # that may be changed
 Path = tuple[Any, ...]
 _ATOMS = (bool, int, float, str, type(None))  # which are many, where there are many things
 
@@ -66,23 +66,37 @@ def leaves(value: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator
             yield from leaves(part, (*path, key), (*above, id(value)))
 
 
-def mapped(value: Any, fn: Callable[[Path, Any], Any], path: Path = ()) -> Any:
-    """`value` with each of its `leaves` replaced by `fn(path, leaf)`; new, if it may be changed."""
-    return _mapped(value, fn, path, {})
+def mapped(
+    value: Any, fn: Callable[[Path, Any], Any], keys: Callable[[Any], Any] = lambda key: key
+) -> Any:
+    """`value` with each of its `leaves` replaced by `fn(path, leaf)`; new, if it may be changed.
+
+    Args:
+        value: that.
+        fn: that.
+        keys: makes the new ones' keys of the old ones'.
+    """
+    return _mapped(value, fn, keys, (), {})
 
 
-def _mapped(value: Any, fn: Callable[[Path, Any], Any], path: Path, made: dict[int, Any]) -> Any:
+def _mapped(
+    value: Any,
+    fn: Callable[[Path, Any], Any],
+    keys: Callable[[Any], Any],
+    path: Path,
+    made: dict[int, Any],
+) -> Any:
     if id(value) in made:
         return made[id(value)]
     if isinstance(value, tuple):
-        new = [_mapped(part, fn, (*path, i), made) for i, part in enumerate(value)]
+        new = [_mapped(part, fn, keys, (*path, i), made) for i, part in enumerate(value)]
         return value if same(new, value) else _tuple(type(value), new)
     if type(value) not in CONTAINERS:
         return fn(path, value)
     if isinstance(value, set):
         return copy.copy(value)
     new = made[id(value)] = copy.copy(value)  # which it may contain
-    found = [(key, _mapped(part, fn, (*path, key), made)) for key, part in parts(value)]
+    found = [(keys(key), _mapped(part, fn, keys, (*path, key), made)) for key, part in parts(value)]
     _fill(new, found)
     return new
 
@@ -97,7 +111,8 @@ def _tuple(kind: type[Any], values: list[Any]) -> Any:
 def _fill(container: Any, found: list[tuple[Any, Any]]) -> None:
     container.clear()
     if isinstance(container, dict):
-        container.update(found)
+        for key, part in found:  # a Counter's `update` adds up
+            container[key] = part
     else:
         container.extend(part for _, part in found)
 

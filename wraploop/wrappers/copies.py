@@ -132,7 +132,8 @@ class Copies:
         if isinstance(value, dict):
             pairs = [(self.of(key), replace(part)) for key, part in value.items()]
             new.clear()
-            new.update(pairs)
+            for key, part in pairs:  # a Counter's `update` adds up
+                new[key] = part
             return new
         parts = [*map(self.of if isinstance(value, set) else replace, value)]
         new.clear()

@@ -271,7 +271,8 @@ class Replica:
                 part = part.movedim(0, axis).contiguous() if axis else part
                 mark_rows(part, axis)  # for a wrapper inside
             self._carried[spot] = part, version_of(part)
-            found.setdefault((module, name), {})[path] = part
+            own = tuple(self._memo.get(id(key), key) for key in path)
+            found.setdefault((module, name), {})[own] = part
         for (module, name), here in found.items():
             copy = self._memo[id(module.of)]
             table = buffers_of(copy) if name in buffers_of(copy) else copy.__dict__
@@ -335,11 +336,12 @@ class Replica:
         value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
         stands_for = self._stands_for()
         first = next(iter(before or ()), None)
-        held = [(path, stands_for.get(id(container))) for path, container in containers_at(value)]
-        onto = {path: original for path, original in held if original is not None}
         taken = without(
             value, lambda leaf: None if id(leaf) in written else stands_for.get(id(leaf))
         )
+        pairs = zip(containers_at(taken), containers_at(value), strict=True)
+        held = [(path, stands_for.get(id(container))) for (path, _), (_, container) in pairs]
+        onto = {path: original for path, original in held if original is not None}
         tensors = tensors_of(taken)
         into = {
             i: stands_for[id(t)]
