@@ -14,7 +14,7 @@ from typing import Any
 
 CONTAINERS = (list, dict, OrderedDict, set, deque, defaultdict, Counter)  # that may be changed
 Path = tuple[Any, ...]
-_ATOMS = (bool, int, float, str, type(None))  # which are many, where there are many things
+ATOMS = (bool, int, float, str, type(None))  # which are many, where there are many things
 
 
 def items(container: Any) -> list[Any]:
@@ -50,7 +50,7 @@ def containers_in(value: Any) -> list[Any]:
             continue
         if not isinstance(value, tuple):
             found[id(value)] = value
-        left += items(value)
+        left += [part for part in items(value) if type(part) not in ATOMS]
     return list(found.values())
 
 
@@ -60,7 +60,7 @@ def leaves(value: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator
     if not inside:
         yield path, value
     for key, part in inside:
-        if type(part) in _ATOMS:
+        if type(part) in ATOMS:
             yield (*path, key), part
         else:
             yield from leaves(part, (*path, key), (*above, id(value)))
@@ -126,7 +126,7 @@ def containers_at(
     if type(value) in CONTAINERS:
         yield path, value
     for key, part in parts(value):
-        if type(part) not in _ATOMS:
+        if type(part) not in ATOMS:
             yield from containers_at(part, (*path, key), (*above, id(value)))
 
 

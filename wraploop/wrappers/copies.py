@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .containers import CONTAINERS, same
+from .containers import ATOMS, CONTAINERS, same
 from .tree import is_plain_object
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
@@ -52,6 +52,8 @@ class Copies:
         Args:
             value: that; what cannot be copied stays the same object in all replicas.
         """
+        if type(value) in ATOMS:
+            return value
         if id(value) not in self._replaced and type(value) in CONTAINERS:
             return self._container(value, self.own)
         if isinstance(value, tuple):
@@ -65,6 +67,8 @@ class Copies:
         Args:
             value: anything.
         """
+        if type(value) in ATOMS:
+            return value
         if id(value) in self._replaced:
             return self._replaced[id(value)]
         if issubclass(type(value), nn.Module):
