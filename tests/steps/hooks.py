@@ -221,6 +221,34 @@ def features_matched_by_a_recorder(m, o, k):
     return recorder.means, len(real)
 
 
+@step(net=lambda: mlp(3, 4, 2))
+def forward_hook_that_keeps_features_and_changes_them(m, o, k):
+    seen, last = [], randn(0, 1)
+
+    def hook(layer, args, out):
+        nonlocal last
+        last = args[0]
+        seen.append(out)
+        return out * 0.5
+
+    handle = m.net[1].register_forward_hook(hook)
+    out = m.net(randn(k, 7, 3))
+    handle.remove()
+    update(o.net, out.mean() + seen[0].square().mean() + last.square().mean())
+    return out, seen, last
+
+
+@step(net=lambda: mlp(3, 4, 2), refused="registers a hook on a tensor that it sees")
+def forward_hook_that_keeps_gradients(m, o, k):
+    seen = []
+    handle = m.net[1].register_forward_hook(
+        lambda _, args, out: out.register_hook(lambda grad: seen.append(grad.clone())) and None
+    )
+    ordinary(m, o, k)
+    handle.remove()
+    return seen
+
+
 SEEN: list[torch.Tensor] = []
 
 

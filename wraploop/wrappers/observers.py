@@ -7,6 +7,7 @@ which come out of the border as outputs do.
 
 from __future__ import annotations
 
+import dis
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -18,12 +19,18 @@ from torch import Tensor, nn
 from .batch import tensors_of
 from .containers import CONTAINERS, items
 from .copies import cells_of
+from .noise import kept_random_state
 
+_ITS_GRADIENT = (
+    "A forward hook on a {} registers a hook on a tensor that it sees. It sees the whole batch's, "
+    "which no gradient passes through: the shards' do. Register hooks on what the model returns, "
+    "or register a full backward hook on the layer, which sees a shard's gradients."
+)
 _DEPTH, _MOST = 4, 256  # how far to look, and at how many things in a container
 
 
 class Observation(NamedTuple):
-    """What a forward hook, which has changed nothing, has seen.
+    """What a forward hook, which has changed nothing or keeps things, has seen.
 
     Attributes:
         hook: the hook.
@@ -53,8 +60,12 @@ class Observation(NamedTuple):
 
         Raises:
             ValueError: they cannot, and the hook has kept some.
+            NotImplementedError: the hook wants to see their gradients.
         """
-        self.hook(self.module, *seen)
+        with kept_random_state():
+            self.hook(self.module, *seen)
+        if any(tensor._backward_hooks for tensor in tensors_of(seen)):
+            raise NotImplementedError(_ITS_GRADIENT.format(type(self.module).__name__))
         if not self.joins(rows):
             kept = {id(item) for c in _containers(self.hook, _DEPTH) for item in items(c)}
             for tensor in tensors_of(seen):
@@ -76,7 +87,8 @@ class Observer:
         log: where to take it down.
     """
 
-    __slots__ = ("hook", "inside", "log", "module")  # no part of what is copied with a module
+    # No part of what is copied with a module
+    __slots__ = ("hook", "inside", "keeps", "log", "module")
 
     def __init__(
         self,
@@ -89,11 +101,12 @@ class Observer:
         self.hook = hook
         self.module = module
         self.log = log
+        self.keeps = _keeps(hook)
 
     def __call__(self, copy: nn.Module, *seen: Any) -> Any:
         """The hook's own answer."""
         result = self.inside(copy, *seen)
-        if result is None or result is seen[-1]:
+        if result is None or result is seen[-1] or self.keeps:
             self.log.append(Observation(self.hook, self.module, seen))
         return result
 
@@ -143,6 +156,13 @@ def is_observer(hook: Callable[..., Any], inside: Callable[..., Any], holders: l
         return True
     known = {id(value) for holder in holders for value in (vars(holder), *vars(holder).values())}
     return any(id(container) not in known for container in _containers(hook, _DEPTH))
+
+
+def _keeps(hook: Callable[..., Any]) -> bool:
+    """Whether `hook` has a container or a variable outside of it to keep things in."""
+    steps = dis.get_instructions(hook) if isinstance(hook, FunctionType) else ()
+    assigns = any(step.opname in ("STORE_DEREF", "STORE_GLOBAL") for step in steps)
+    return assigns or any(True for _ in _containers(hook, _DEPTH))
 
 
 def _containers(value: Any, depth: int) -> Iterator[Any]:
