@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from wraploop import DataParallel, DistributedModel, ThreadedCPUParallel, shared
-from wraploop.wrappers.noise import own_noise
+from wraploop.wrappers.noise import move_on, own_noise
 
 WRAPPERS = {
     "threads": lambda model, **options: ThreadedCPUParallel(model, 2, **options),
@@ -294,6 +294,43 @@ def test_each_rank_has_noise_of_its_own_whoever_draws_it(draw):
     with own_noise(0, elsewhere=True) as noise:
         pass
     assert not noise.drew
+
+
+@pytest.mark.parametrize("draws", [torch.rand, lambda _: random.random(), np.random.rand])
+def test_only_what_a_model_draws_from_moves_on(draws):
+    def numbers():
+        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        yield
+        yield torch.rand(1).item(), random.random(), np.random.rand()
+
+    plain, in_ranks = numbers(), numbers()
+    next(plain)
+    draws(1)
+    expected = next(plain)
+    next(in_ranks)
+    with own_noise(1, elsewhere=True) as noise:
+        draws(1), draws(1)
+    move_on(noise.drawn_from)
+    assert next(in_ranks) == expected
+
+
+class DrawsLate(nn.Linear):
+    """Draws a number of Python's in its second call."""
+
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.calls == 2:
+            random.random()
+        return super().forward(x)
+
+
+def test_lanes_refuse_numbers_of_pythons_in_later_calls_too(wrap_in_lanes):
+    model = wrap_in_lanes(DrawsLate(3, 1))
+    model(torch.ones(4, 3))
+    with pytest.raises(NotImplementedError, match="of Python or NumPy"):
+        model(torch.ones(4, 3))
 
 
 def test_a_model_without_noise_leaves_the_random_state_alone(wrap):

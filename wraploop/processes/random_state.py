@@ -51,6 +51,14 @@ def seed_others(number: int) -> None:
         numpy.random.seed(number)
 
 
+def move_others_on(*, pythons: bool, numpys: bool) -> None:
+    """Draws a number from Python's generator, and from NumPy's."""
+    if pythons:
+        random.random()
+    if numpys and (numpy := sys.modules.get("numpy")):
+        numpy.random.random()
+
+
 def seed_from(state: State, number: int) -> int:
     """A seed that follows from a state and a number, without drawing."""
     said = state[0].numpy().tobytes() + number.to_bytes(8, "little")

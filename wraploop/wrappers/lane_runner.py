@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -44,7 +45,8 @@ class LaneRunner:
         self._threads = Threads()
         self._busy = threading.Lock()
         self._beside: LaneRunner | None = None
-        self._draws: dict[tuple[str, bool], bool] = {}
+        self._calls: Counter[tuple[str, bool]] = Counter()
+        self._draws: defaultdict[tuple[str, bool], bool] = defaultdict(lambda: True)
         self._learned: dict[Place, list[int | None]] = {}  # see `Axes`
         self._tuners: dict[tuple[str, bool, bool], Tuner] = {}
 
@@ -175,9 +177,10 @@ class LaneRunner:
     ) -> list[Ran]:
         """What `call` leaves in each lane, with the inputs `taken`."""
         state = (call.method, self.module.training)
-        is_first = state not in self._draws
-        watches = self._draws.get(state, True) and not is_compiled
-        noise = Noise(len(replicas), is_first) if watches else None
+        self._calls[state] += 1
+        looks = self._calls[state].bit_count() == 1  # as what is drawn may depend on the data
+        watches = (looks or self._draws[state]) and not is_compiled
+        noise = Noise(len(replicas), looks) if watches else None
 
         def work(lane: int) -> Ran:
             inputs, replica = taken[lane], replicas[lane]

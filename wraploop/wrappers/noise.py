@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -166,16 +168,18 @@ class OwnNoise:
     Attributes:
         drew: that, once the block has ended.
         drew_elsewhere: whether Python's or NumPy's were, if that was asked for.
+        drawn_from: what was drawn from, for `move_on`.
     """
 
     drew = drew_elsewhere = False
+    drawn_from = 0
 
 
 @contextmanager
 def own_noise(number: int, *, elsewhere: bool) -> Iterator[OwnNoise]:
     """Lets what draws random numbers in the block draw those of shard `number`.
 
-    They follow from the random state before the block, which is as before after it.
+    They follow from the random states before the block, which are as before after it.
 
     Args:
         number: which shard.
@@ -191,18 +195,27 @@ def own_noise(number: int, *, elsewhere: bool) -> Iterator[OwnNoise]:
         generator.manual_seed(seed + number)
         seeded.append(generator.get_state())
     if elsewhere:
-        random_state.seed_others((seed + number) % 2**32)
+        random_state.seed_others((zlib.crc32(repr(others).encode()) + number) % 2**32)
     others_seeded = random_state.others() if elsewhere else None
     try:
         yield noise
     finally:
         now = [generator.get_state() for generator in generators]
-        if others:
-            noise.drew_elsewhere = random_state.others() != others_seeded
+        drew = [not all(map(torch.equal, seeded, now))]
+        if others and others_seeded:
+            drew += map(operator.ne, random_state.others(), others_seeded)
             random_state.put_others(others)
-        noise.drew = noise.drew_elsewhere or not all(map(torch.equal, seeded, now))
+        noise.drew, noise.drew_elsewhere = any(drew), any(drew[1:])
+        noise.drawn_from = sum(bit << i for i, bit in enumerate(drew))
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+
+
+def move_on(drawn_from: int) -> None:
+    """Moves the generators on that were drawn from, so that the next call draws other numbers."""
+    if drawn_from & 1:
+        torch.rand(1)
+    random_state.move_others_on(pythons=bool(drawn_from & 2), numpys=bool(drawn_from & 4))
 
 
 @contextmanager

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import numpy as np
@@ -38,10 +40,10 @@ class Rank(Shard):
         rows: how many rows are this rank's own.
         size: how many it runs: one, borrowed, if none is its own.
         weight: its share of all rows.
-        drew: whether this rank's module drew random numbers; after coming out, whether any did.
+        drawn_from: what this rank's module drew random numbers from; after coming out, any's.
     """
 
-    drew = False
+    drawn_from = 0
 
     def __init__(
         self,
@@ -126,10 +128,10 @@ class Rank(Shard):
             for i, (part, move) in enumerate(zip(parts, moves, strict=True))
             if part is not None and i not in apart and not part.is_sparse
         ]
-        own = bytes([self.drew, *map(flag_of, parts)])
+        own = bytes([self.drawn_from, *map(flag_of, parts)])
         doing = f"{doing} of {self.name}"
         received = self.channel.exchange(doing, own, *map(pack, sent))
-        self.drew = any(said[0] for said in received)
+        self.drawn_from = reduce(or_, (said[0] for said in received))
         received = [said[1:] for said in received]
         bits = USED, _DIFFERENTIABLE, SPARSE
         used, differentiable, sparse = flags_of_all(received, len(parts), bits)

@@ -17,7 +17,7 @@ from .border import Move
 from .call import Call
 from .change import Change
 from .internals import compiling, depends_on, version_of
-from .noise import own_noise
+from .noise import move_on, own_noise
 from .observers import Keepsakes, Observation
 from .outputs import (
     PUT,
@@ -123,7 +123,7 @@ class RankRunner:
         with explained(expected), running(rank), own as noise, compiling(tree.is_compiled):
             output, edits = call.on_shard(replica.module, taken)
         keepsakes.restore()
-        rank.drew, self._draws_elsewhere[state] = noise.drew, noise.drew_elsewhere
+        rank.drawn_from, self._draws_elsewhere[state] = noise.drawn_from, noise.drew_elsewhere
         axes, changes = Axes(total, self._learned), replica.changes()
         if expected:
             axes.learn(expected.changes, changes, rank.rows)
@@ -152,8 +152,7 @@ class RankRunner:
             [*replica.tokens, *tokens, *used],
         )
         self._same.end()
-        if rank.drew:
-            torch.rand(1)  # so that the next call draws other numbers, on every rank
+        move_on(rank.drawn_from)  # on every rank
         output, edits = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
         if expected:
