@@ -249,6 +249,20 @@ def forward_hook_that_keeps_gradients(m, o, k):
     return seen
 
 
+@step(net=lambda: mlp(3, 4, 2))
+def forward_hook_that_removes_itself(m, o, k):
+    seen = []
+
+    def hook(layer, args, out):
+        seen.append(out)
+        handle.remove()
+
+    handle = m.net[1].register_forward_hook(hook)
+    out = m.net(randn(k, 7, 3)) + m.net(randn(k + 9, 7, 3))
+    update(o.net, out.mean() + seen[0].square().mean())
+    return out, seen, len(m.net[1]._forward_hooks)
+
+
 SEEN: list[torch.Tensor] = []
 
 

@@ -191,7 +191,8 @@ class LaneRunner:
             return Ran(output, replica.changes(), written, replica.take_observed(), edits)
 
         random_state = torch.get_rng_state()
-        keepsakes = Keepsakes([hook for replica in replicas for hook in replica.hooks])
+        hooks = [hook for replica in replicas for hook in replica.hooks]
+        keepsakes = Keepsakes(hooks, replicas[0].tables)
         try:
             ran = group.run(work)
         except BaseException:

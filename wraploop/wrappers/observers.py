@@ -112,9 +112,15 @@ class Observer:
 
 
 class Keepsakes:
-    """What hooks hold in containers and variables, to be as it is now again."""
+    """What hooks hold in containers and variables, to be as it is now again.
 
-    def __init__(self, hooks: list[Callable[..., Any]]) -> None:
+    Args:
+        hooks: these.
+        tables: the modules' tables that they stand in, as they may remove themselves.
+    """
+
+    def __init__(self, hooks: list[Callable[..., Any]], tables: list[dict[int, Any]]) -> None:
+        self._tables = [(table, table.copy()) for table in tables]
         found = {id(c): c for hook in hooks for c in _containers(hook, _DEPTH)}
         self._kept = [(container, container.copy()) for container in found.values()]
         functions = [hook for hook in hooks if isinstance(hook, FunctionType)]
@@ -133,6 +139,10 @@ class Keepsakes:
         for names, name, value in self._globals:
             if names[name] is not value:
                 names[name] = value
+        for table, hooks in self._tables:
+            if list(table) != list(hooks):
+                table.clear()
+                table.update(hooks)
         for container, kept in self._kept:
             container.clear()
             if isinstance(container, (list, deque)):

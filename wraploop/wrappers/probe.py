@@ -134,7 +134,7 @@ class Probe:
         if evaluates:
             replica.module.eval()
         replica.carry({spot: kept.detach().clone() for spot, kept in tree.carried.items()})
-        keepsakes = Keepsakes(replica.hooks)
+        keepsakes = Keepsakes(replica.hooks, replica.tables)
         try:
             with running(shard):
                 output, edits = call.on_shard(replica.module, inputs)

@@ -116,7 +116,7 @@ class RankRunner:
         )
 
         # Run
-        keepsakes = Keepsakes(replica.hooks)
+        keepsakes = Keepsakes(replica.hooks, replica.tables)
         before = [version_of(part) for part in taken]
         state = (call.method, self.module.training)
         own = own_noise(self.channel.rank, elsewhere=self._draws_elsewhere.get(state, True))

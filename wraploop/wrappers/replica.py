@@ -110,6 +110,7 @@ class Replica:
         self._observes = observes
         self.observed: list[Observation] = []
         self.hooks: list[Callable[..., Any]] = []
+        self.tables: list[dict[int, Any]] = []
         self._of_hooks: list[tuple[Any, Any]] = []
         self._hook_tables: list[dict[int, Any]] = []
         self._modules: list[tuple[nn.Module, nn.Module]] = []
@@ -253,6 +254,7 @@ class Replica:
             self._of_hooks += self._copies.objects[before:]
             if is_observer(hook, inside, self._tree.holders):
                 self.hooks.append(hook)
+                self.tables.append(hooks)
                 copies[number] = Observer(inside, hook, module, self.observed)
         return copies
 
