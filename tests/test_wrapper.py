@@ -299,7 +299,8 @@ def test_each_rank_has_noise_of_its_own_whoever_draws_it(draw):
 @pytest.mark.parametrize("draws", [torch.rand, lambda _: random.random(), np.random.rand])
 def test_only_what_a_model_draws_from_moves_on(draws):
     def numbers():
-        torch.manual_seed(0), random.seed(0), np.random.seed(0)
+        for seed in (torch.manual_seed, random.seed, np.random.seed):
+            seed(0)
         yield
         yield torch.rand(1).item(), random.random(), np.random.rand()
 
@@ -309,25 +310,28 @@ def test_only_what_a_model_draws_from_moves_on(draws):
     expected = next(plain)
     next(in_ranks)
     with own_noise(1, elsewhere=True) as noise:
-        draws(1), draws(1)
+        draws(1)
+        draws(1)
     move_on(noise.drawn_from)
     assert next(in_ranks) == expected
 
 
-class DrawsLate(nn.Linear):
+class DrawsLate(nn.Module):
     """Draws a number of Python's in its second call."""
 
-    calls = 0
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(3, 1), 0
 
     def forward(self, x):
         self.calls += 1
         if self.calls == 2:
             random.random()
-        return super().forward(x)
+        return self.linear(x)
 
 
 def test_lanes_refuse_numbers_of_pythons_in_later_calls_too(wrap_in_lanes):
-    model = wrap_in_lanes(DrawsLate(3, 1))
+    model = wrap_in_lanes(DrawsLate())
     model(torch.ones(4, 3))
     with pytest.raises(NotImplementedError, match="of Python or NumPy"):
         model(torch.ones(4, 3))
