@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .containers import tuple_like
 from .objects import Attributes, attributes_of, is_object, with_attributes
 from .tree import is_plain_object
 
@@ -164,10 +165,7 @@ def _rebuild(nest: Nest, values: list[Nest]) -> Nest:
         new.extend(values)
         return new
     if isinstance(nest, tuple):
-        try:  # not by a constructor of the user's, which may take something else
-            return tuple.__new__(type(nest), values)
-        except TypeError:  # a class written in C, as torch's are
-            return type(nest)(values)
+        return tuple_like(nest, values)
     return with_attributes(nest, values)
 
 

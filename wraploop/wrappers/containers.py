@@ -90,7 +90,7 @@ def _mapped(
         return made[id(value)]
     if isinstance(value, tuple):
         new = [_mapped(part, fn, keys, (*path, i), made) for i, part in enumerate(value)]
-        return value if same(new, value) else _tuple(type(value), new)
+        return tuple_like(value, new)
     if type(value) not in CONTAINERS:
         return fn(path, value)
     if isinstance(value, set):
@@ -101,11 +101,14 @@ def _mapped(
     return new
 
 
-def _tuple(kind: type[Any], values: list[Any]) -> Any:
+def tuple_like(value: tuple[Any, ...], parts: list[Any]) -> Any:
+    """A tuple like `value` of `parts`: itself, if they are its own."""
+    if same(parts, value):
+        return value
     try:  # not by a constructor of the user's, which may take something else
-        return tuple.__new__(kind, values)
+        return tuple.__new__(type(value), parts)
     except TypeError:  # a class written in C, as torch's are
-        return kind(values)
+        return type(value)(parts)
 
 
 def _fill(container: Any, found: list[tuple[Any, Any]]) -> None:
@@ -145,7 +148,7 @@ def _put_into(olds: Mapping[Path, Any], value: Any, path: Path, put: dict[int, A
         return put[id(value)]
     if isinstance(value, tuple):
         new = [_put_into(olds, part, (*path, i), put) for i, part in enumerate(value)]
-        return value if same(new, value) else _tuple(type(value), new)
+        return tuple_like(value, new)
     if type(value) not in CONTAINERS:
         return value
     old = put[id(value)] = olds.get(path, value)

@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .containers import ATOMS, CONTAINERS, same
+from .containers import ATOMS, CONTAINERS, tuple_like
 from .tree import is_plain_object
 
-_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, ModuleType, Tensor)
+_ENDS = (*ATOMS, complex, bytes, type, ModuleType, Tensor)  # which lead nowhere
 _MOST = 20_000  # things that are looked at before giving up
 
 
@@ -57,7 +57,7 @@ class Copies:
         if id(value) not in self._replaced and type(value) in CONTAINERS:
             return self._container(value, self.own)
         if isinstance(value, tuple):
-            return self._tuple(value, self.own)
+            return tuple_like(value, [*map(self.own, value)])
         copied = self.of(value)
         return self._object(value) if copied is value and is_plain_object(value) else copied
 
@@ -83,7 +83,7 @@ class Copies:
             value = left.pop()
             if id(value) in self._replaced or issubclass(type(value), nn.Module):
                 return True
-            if isinstance(value, _ATOMS) or id(value) in seen or id(value) in self._leads_nowhere:
+            if isinstance(value, _ENDS) or id(value) in seen or id(value) in self._leads_nowhere:
                 continue
             seen.add(id(value))
             left += _parts(value)
@@ -93,7 +93,7 @@ class Copies:
     def _rebuilt(self, value: Any) -> Any:
         """A thing like `value`, made of what stands for its parts."""
         if isinstance(value, tuple):
-            return self._tuple(value, self.of)
+            return tuple_like(value, [*map(self.of, value)])
         if isinstance(value, frozenset):
             return type(value)(map(self.of, value))
         if isinstance(value, MethodType):
@@ -123,12 +123,6 @@ class Copies:
             is_own = isinstance(part, tuple) or type(part) in CONTAINERS
             vars(new)[name] = self.own(part) if is_own else copied
         return new
-
-    def _tuple(self, value: tuple[Any, ...], replace: Callable[[Any], Any]) -> Any:
-        parts = [*map(replace, value)]
-        if same(parts, value):
-            return value
-        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
 
     def _container(self, value: Any, replace: Callable[[Any], Any]) -> Any:
         new = self._replaced[id(value)] = copy.copy(value)  # which it may contain

@@ -20,7 +20,7 @@ from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .observers import Keepsakes
-from .outputs import Axes, Ran, alike, carried_moves, move_in, of_other_rows, written_to
+from .outputs import Axes, Ran, alike, carried_moves, carried_parts, move_in, written_to
 from .probe import Expected, Probe, explained
 from .replica import Replica
 from .replicas import Replicas, alias
@@ -106,9 +106,8 @@ class LaneRunner:
         # Scatter: the call's inputs, and what earlier calls have left in attributes
         inputs = [*call.inputs, *tree.carried.values()]
         moves: list[Move] = [move_in(x) for x in call.inputs]
-        carried_in = carried_moves(tree, replicas[0].rows, sum(group.sizes))
-        scattered = {s for s, m in zip(tree.carried, carried_in, strict=True) if m == "scatter"}
-        moves += carried_in
+        total = sum(group.sizes)
+        moves += carried_moves(tree, replicas[0].rows, total)
         leaves = [
             [_leaf(group.go_in(x, move, lane), x) for x, move in zip(inputs, moves, strict=True)]
             for lane in range(len(replicas))
@@ -116,17 +115,14 @@ class LaneRunner:
         taken = [[_taken(leaf, x) for leaf, x in zip(mine, inputs, strict=True)] for mine in leaves]
         count = len(call.inputs)
         for lane, (replica, mine) in enumerate(zip(replicas, taken, strict=True)):
-            carried = dict(zip(tree.carried, mine[count:], strict=True))
-            for spot in (carried.keys() & replica.rows.keys()) - scattered:
-                start, total = sum(group.sizes[:lane]), sum(group.sizes)
-                carried[spot] = of_other_rows(carried[spot], start, group.sizes[lane], total)
-            replica.carry(carried)
+            where = sum(group.sizes[:lane]), group.sizes[lane], total
+            replica.carry(carried_parts(tree, replica.rows, mine[count:], *where))
 
         # Run
         given = [mine[:count] for mine in taken]
         with explained(expected):
             ran = self._ran(call, group, replicas, given, tree.is_compiled)
-        axes = Axes(sum(group.sizes), self._learned)
+        axes = Axes(total, self._learned)
         if expected:
             axes.learn(expected.changes, ran[0].changes, group.sizes[0])
         ran = alike(ran, given, call, group.sizes, axes)

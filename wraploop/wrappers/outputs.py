@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -52,17 +52,32 @@ def carried_moves(tree: Tree, spots: Container[Spot], rows: int) -> list[Move]:
     ]
 
 
-def of_other_rows(whole: Tensor, start: int, rows: int, total: int) -> Tensor:
+def carried_parts(
+    tree: Tree, spots: Container[Spot], parts: Iterable[Tensor], start: int, rows: int, total: int
+) -> dict[Spot, Tensor]:
+    """What a shard has for what earlier calls have left in attributes.
+
+    Args:
+        tree: whose `carried` it is.
+        spots: where tensors have a row for each row of the batch.
+        parts: what has gone into the shard for each, by `carried_moves`.
+        start: the shard's first row.
+        rows: how many the shard has.
+        total: how many the batch has.
+    """
+    return {
+        spot: _of_other_rows(part, start, rows, total)
+        if spot in spots and whole.ndim and len(whole) != total
+        else part
+        for (spot, whole), part in zip(tree.carried.items(), parts, strict=True)
+    }
+
+
+def _of_other_rows(whole: Tensor, start: int, rows: int, total: int) -> Tensor:
     """What a shard gets of what a call of another number of rows has left, with a row for each.
 
     A forward sees that it is another and begins anew, or takes as many rows as it has: it gets what
     stands at its rows and behind, or nothing where all are as many as its rows by chance.
-
-    Args:
-        whole: that.
-        start: the shard's first row.
-        rows: how many the shard has.
-        total: how many the batch has.
     """
     if len(whole) > total:
         return whole[start:]

@@ -25,9 +25,9 @@ from .outputs import (
     Ran,
     axes_agreed,
     carried_moves,
+    carried_parts,
     check_alike,
     move_in,
-    of_other_rows,
     plain_values,
     signature,
     written_to,
@@ -104,16 +104,9 @@ class RankRunner:
             (spot, *go_in(rank, f"the gradient of {spot[1]}", [whole], [move], borrow=True))
             for (spot, whole), move in carried_in
         ]
-        scattered = {s for (s, x) in tree.carried.items() if x.shape[:1] == (total,)}
-        start = shards[self.channel.rank].start
-        replica.carry(
-            {
-                spot: of_other_rows(part, start, rank.rows, total)
-                if spot in replica.rows and spot not in scattered
-                else part
-                for spot, _, (part,) in carried
-            }
-        )
+        where = shards[self.channel.rank].start, rank.rows, total
+        own_parts = [part for _, _, (part,) in carried]
+        replica.carry(carried_parts(tree, replica.rows, own_parts, *where))
 
         # Run
         keepsakes = Keepsakes(replica.hooks, replica.tables)

@@ -122,7 +122,7 @@ class Replica:
         self._objects, self._containers = self._copies.objects, self._copies.containers
         self._note_containers()
         self._note_attributes()
-        self._note_inside(self._holders)
+        self._note_inside()
         self._weights: list[tuple[Any, Any]] = [  # of which a forward may replace the storage
             (parameter, copy._parameters[name])
             for module, copy in self._modules
@@ -169,11 +169,11 @@ class Replica:
         self._parts = [copy._modules for copy in copies if copy._modules or not is_quiet(copy)]
         self._parts_made = [part for table in self._parts for part in table.values()]
 
-    def _note_inside(self, holders: Iterable[tuple[Any, Any]]) -> None:
+    def _note_inside(self) -> None:
         """Notes what is in containers inside those that are attributes, and their tensors."""
         self._inside: dict[Place, list[tuple[Any, list[Any]]]] = {}
         self._kept_in: dict[int, Place] = {}  # by id, a tensor that stands in a container
-        for module, copy in holders:
+        for module, copy in self._holders:
             for name, value in own_values(copy).items():
                 if inside := [c for c in containers_in(value) if c is not value]:
                     self._inside[Ref(module), name] = [(c, items(c)) for c in inside]
@@ -282,7 +282,7 @@ class Replica:
             table[name] = put_into(dict(containers_at(table[name])), value)
             self._put[module, name] = [table[name], *contents(table[name])]
         if any(path for _, _, path in parts):
-            self._note_inside(self._holders)
+            self._note_inside()
 
     def changes(self) -> dict[Place, Change]:
         """What the last forward has set on its modules, or written to their buffers.
@@ -309,6 +309,7 @@ class Replica:
             if not all(same(items(container), kept) for container, kept in inside):
                 stirred.add(place)
         watched = self._loud if self._are_quiet() else [*self._loud, *self._quiet]
+        stands_for: dict[int, Any] = {}
         for module, copy, made in watched:
             now = attributes(copy)
             for name in now:
@@ -316,14 +317,20 @@ class Replica:
                 before = self._put.get(place, made.get(name))
                 if before is None or place in stirred or not same(now[name], before):
                     self._is_changed = True
-                    found[place] = self._changed(place, copy, before, written)
+                    stands_for = stands_for or self._stands_for()
+                    found[place] = self._changed(place, copy, before, written, stands_for)
             for name in made.keys() - now.keys():
                 self._is_changed = True
                 found[Ref(module), name] = Change(GONE)
         return found
 
     def _changed(
-        self, place: Place, copy: Any, before: Iterable[Any] | None, written: set[int]
+        self,
+        place: Place,
+        copy: Any,
+        before: Iterable[Any] | None,
+        written: set[int],
+        stands_for: dict[int, Any],
     ) -> Change:
         """The change of an attribute.
 
@@ -332,11 +339,11 @@ class Replica:
             copy: what has it here.
             before: what it was, and what that contained.
             written: the tensors that have been written to in place, by id.
+            stands_for: see `_stands_for`.
         """
         _, name = place
         is_buffer = name in buffers_of(copy)
         value = buffers_of(copy)[name] if is_buffer else copy.__dict__[name]
-        stands_for = self._stands_for()
         first = next(iter(before or ()), None)
         taken = without(
             value, lambda leaf: None if id(leaf) in written else stands_for.get(id(leaf))
@@ -391,7 +398,7 @@ class Replica:
         """Sets `changes` on the original's modules."""
         for (holder, name), change in changes.items():
             module = holder.of
-            value, old = change.handed_back(), module.__dict__.get(name)
+            value = change.handed_back()
             for path, leaf in leaves(value):
                 if isinstance(leaf, Tensor) and (axis := rows_axis(leaf)) is not None:
                     self.rows[holder, name, path] = axis
@@ -399,7 +406,7 @@ class Replica:
                 buffers_of(module).pop(name, None)
                 module.__dict__.pop(name, None)
             elif change.is_in_place:
-                target = buffers_of(module).get(name, old)
+                target = buffers_of(module).get(name, module.__dict__.get(name))
                 assert isinstance(target, Tensor)
                 if value.data_ptr() != target.data_ptr():
                     with torch.no_grad():
