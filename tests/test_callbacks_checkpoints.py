@@ -23,7 +23,7 @@ from wraploop.callbacks.early_stopping import EarlyStopping
 from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.scheduler import Scheduler, TorchScheduler
-from wraploop.callbacks.throttle import throttle
+from wraploop.callbacks.throttling import throttle
 from wraploop.events import StepEnd
 from wraploop.phases import TrainingPhase, ValidationPhase
 

@@ -9,7 +9,7 @@ from torch import nn
 from wraploop.callback import Callback, on
 from wraploop.callbacks.function import FunctionCallback
 from wraploop.callbacks.profile import TorchProfiler
-from wraploop.callbacks.throttle import throttle
+from wraploop.callbacks.throttling import throttle
 from wraploop.callbacks.timings import Duration, NoPhase, Timings
 from wraploop.events import (
     BackwardBegin,

@@ -8,7 +8,7 @@ from wraploop.callbacks.function import FunctionCallback
 from wraploop.callbacks.history import History
 from wraploop.callbacks.metrics import Metrics
 from wraploop.callbacks.table import EpochTable
-from wraploop.callbacks.throttle import throttle
+from wraploop.callbacks.throttling import throttle
 from wraploop.events import CancelStep, EpochBegin, EpochEnd, StepBegin, StepEnd
 from wraploop.phases import TrainingPhase, ValidationPhase
 

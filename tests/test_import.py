@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import wraploop
+from wraploop import lazy
 
 PRINT_NEW = """
 import sys, torch
@@ -34,7 +35,7 @@ def test_names_are_imported_when_they_are_asked_for():
     script = (
         "import sys, wraploop\n"
         "def loaded():\n"
-        "    return {n for n in sys.modules if n.startswith('wraploop.')}\n"
+        "    return {n for n in sys.modules if n.startswith('wraploop.')} - {'wraploop.lazy'}\n"
         "assert not loaded()\n"
         "assert {'gan', 'GANTraining', 'callbacks', 'Learner'} <= set(dir(wraploop))\n"
         "assert not hasattr(wraploop, 'gans')\n"
@@ -45,6 +46,8 @@ def test_names_are_imported_when_they_are_asked_for():
         "assert wraploop.schedules is sys.modules['wraploop.schedules']\n"
         "from wraploop.lr_finder import LRSweep\n"
         "from wraploop import *\n"
+        "callbacks.EMA, callbacks.criteria\n"
+        "assert 'wraploop.callbacks.sanity' not in loaded()\n"
         "assert callable(lr_find) and Learner is wraploop.learner.Learner\n"
         "from wraploop import gan as imported\n"
         "assert imported is gan is sys.modules['wraploop.gan']\n"
@@ -74,26 +77,32 @@ def test_each_module_can_be_the_first_that_is_imported():
     assert done.returncode == 0, done.stderr
 
 
-def test_type_checkers_see_the_same_names():
-    homes = vars(wraploop)["_HOMES"]
-    stub = ast.parse(Path(wraploop.__file__).with_suffix(".pyi").read_text())
+@pytest.mark.parametrize("package", [wraploop, wraploop.callbacks])
+def test_type_checkers_see_the_same_names(package):
+    stub = ast.parse(Path(package.__file__).with_suffix(".pyi").read_text())
     seen = {
         alias.name: node.module
         for node in stub.body
         if isinstance(node, ast.ImportFrom)
         for alias in node.names
     }
-    assert seen == {**dict.fromkeys(("callbacks", "gan", "processes")), **homes}
+    for name, home in seen.items():
+        given = getattr(package, name)
+        if home is None:
+            assert given is sys.modules[f"{package.__name__}.{name}"]
+        else:
+            assert given is getattr(sys.modules[f"{package.__name__}.{home}"], name)
     (names,) = (node.value for node in stub.body if isinstance(node, ast.Assign))
-    assert set(ast.literal_eval(names)) == set(wraploop.__all__) == seen.keys()
-    modules = {path.stem for path in Path(wraploop.__file__).parent.glob("*.py")}
-    assert not modules & homes.keys()  # else a module takes its name's place
+    assert set(ast.literal_eval(names)) == set(package.__all__) == seen.keys() <= set(dir(package))
+    modules = {path.stem for path in Path(package.__file__).parent.glob("*.py")}
+    taken = {name for name, home in seen.items() if home}
+    assert not modules & taken  # else a module takes its name's place
 
 
 def test_an_error_inside_a_module_is_not_taken_for_a_missing_name(monkeypatch):
     def fail(name, package=None):
         raise ModuleNotFoundError("No module named 'accelerate'", name="accelerate")
 
-    monkeypatch.setattr(wraploop, "import_module", fail)
+    monkeypatch.setattr(lazy, "import_module", fail)
     with pytest.raises(ModuleNotFoundError, match="accelerate"):
         getattr(wraploop, "no_such_module")  # noqa: B009

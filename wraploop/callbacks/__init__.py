@@ -9,71 +9,37 @@ telling      LogMetrics, LogHyperparameters, LogHistograms, LogImages, LogTraces
 of others    FunctionCallback, throttle
 """
 
-from . import criteria
-from .average import EMA
-from .checkpoints import Checkpoints
-from .checks import Check
-from .device import ToDevice
-from .early_stopping import EarlyStopping
-from .function import FunctionCallback
-from .garbage import GarbageCollect
-from .gradients import AccumulateGradients, ClipGradients
-from .history import History
-from .log_files import CSVLogger, JSONLinesLogger
-from .log_tensors import LogHistograms, LogImages
-from .loggers import Logger, MemoryLogger
-from .logs import LogHyperparameters, LogMetrics, LogTraces
-from .metrics import Metric, Metrics, accuracy
-from .pictures import PlotMetrics, SaveImages
-from .profile import TorchProfiler
-from .progress import ProgressBar
-from .sanity import SanityCheck, SanityCheckError
-from .scheduler import Scheduler, TorchScheduler
-from .stop import StopOnNaNLoss
-from .strict import UndeclaredAccess
-from .table import EpochTable
-from .throttle import throttle
-from .timings import Timings
-from .traces import Traces
-from .trackers import TrackerLogger
+from wraploop.lazy import attach
 
-__all__ = [
-    "EMA",
-    "AccumulateGradients",
-    "CSVLogger",
-    "Check",
-    "Checkpoints",
-    "ClipGradients",
-    "EarlyStopping",
-    "EpochTable",
-    "FunctionCallback",
-    "GarbageCollect",
-    "History",
-    "JSONLinesLogger",
-    "LogHistograms",
-    "LogHyperparameters",
-    "LogImages",
-    "LogMetrics",
-    "LogTraces",
-    "Logger",
-    "MemoryLogger",
-    "Metric",
-    "Metrics",
-    "PlotMetrics",
-    "ProgressBar",
-    "SanityCheck",
-    "SanityCheckError",
-    "SaveImages",
-    "Scheduler",
-    "StopOnNaNLoss",
-    "Timings",
-    "ToDevice",
-    "TorchProfiler",
-    "TorchScheduler",
-    "Traces",
-    "TrackerLogger",
-    "UndeclaredAccess",
-    "accuracy",
-    "criteria",
-    "throttle",
-]
+__getattr__, __dir__, __all__ = attach(  # pyright: ignore[reportUnsupportedDunderAll]
+    __name__,
+    {
+        "average": "EMA",
+        "checkpoints": "Checkpoints",
+        "checks": "Check",
+        "device": "ToDevice",
+        "early_stopping": "EarlyStopping",
+        "function": "FunctionCallback",
+        "garbage": "GarbageCollect",
+        "gradients": "AccumulateGradients ClipGradients",
+        "history": "History",
+        "log_files": "CSVLogger JSONLinesLogger",
+        "log_tensors": "LogHistograms LogImages",
+        "loggers": "Logger MemoryLogger",
+        "logs": "LogHyperparameters LogMetrics LogTraces",
+        "metrics": "Metric Metrics accuracy",
+        "pictures": "PlotMetrics SaveImages",
+        "profile": "TorchProfiler",
+        "progress": "ProgressBar",
+        "sanity": "SanityCheck SanityCheckError",
+        "scheduler": "Scheduler TorchScheduler",
+        "stop": "StopOnNaNLoss",
+        "strict": "UndeclaredAccess",
+        "table": "EpochTable",
+        "throttling": "throttle",
+        "timings": "Timings",
+        "traces": "Traces",
+        "trackers": "TrackerLogger",
+    },
+    modules=("criteria",),
+)
