@@ -206,6 +206,21 @@ def main() -> None:
         for optimizer in optimizers if RANK else optimizers[::-1]:
             optimizer.step()
 
+    def change_a_layer(model: DistributedModel, to: nn.Module, rows: torch.Tensor) -> None:
+        net = model.module
+        assert isinstance(net, nn.Sequential)
+        for k in range(6):  # the fifth call is not looked at
+            if k == 4 and RANK:
+                net[1] = to
+            model(rows).square().sum().backward()
+
+    shapes = {
+        batch: DistributedModel(
+            nn.Sequential(nn.Linear(3, 3), nn.LeakyReLU()), batch=batch, timeout_s=3
+        )
+        for batch in ("global", "local")
+    }
+
     twins = [DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3) for _ in range(2)]
 
     faults: dict[str, Callable[[], Any]] = {
@@ -232,6 +247,10 @@ def main() -> None:
         "another buffer, own rows": lambda: load_on_one(norms["local"], x + RANK),
         "another frozen": lambda: freeze_on_one(model, norm[0], x),
         "another frozen, own rows": lambda: freeze_on_one(deep_local, deep[0], x + RANK),
+        "another layer": lambda: change_a_layer(shapes["global"], nn.GELU(), x),
+        "another layer, own rows": lambda: change_a_layer(
+            shapes["local"], nn.LeakyReLU(0.2), x + RANK
+        ),
         "another order of steps": step_in_another_order,
         "another of two models": lambda: twins[RANK](x + RANK),
         "another graph": lambda: create_graph_on_one(model, x),
@@ -242,6 +261,7 @@ def main() -> None:
             nn.Linear(3, 1), batch="local", reduction=("mean", "sum")[RANK]
         ),
         "another model": lambda: DistributedModel(nn.Linear(3 + RANK, 1)),
+        "another dropout": lambda: DistributedModel(nn.Dropout(0.1 * RANK)),
     }
     for name, fault in faults.items():
         attempt(name, fault)

@@ -39,6 +39,8 @@ EXPECTED = {
         r"PeerError The processes do different .*4 of 4 require.*2 of 4 require",
     )
     * 2,
+    "another layer": ("PeerError Rank 1 has another kind of layers",) * 2,
+    "another layer, own rows": ("PeerError Rank 1 has another kind of layers",) * 2,
     "another order of steps": (r"PeerError .*have left, 2 of 4 \(#\w+\)",) * 2,
     "another of two models": (
         r"PeerError .*rank 0: begin .*, model \d.*rank 1: begin .*, model \d",
@@ -51,6 +53,7 @@ EXPECTED = {
     "another option": ("ValueError .*reduction='mean', where rank 1 has .*reduction='sum'",) * 2,
     "another model": (r"ValueError .*weight' \(1, 3\).*rank 1 has parameter 'weight' \(1, 4\)",)
     * 2,
+    "another dropout": (r"ValueError .*Dropout\(.*p=0.0.*rank 1 has .*Dropout\(.*p=0.1",) * 2,
 }
 
 

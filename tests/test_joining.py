@@ -1,3 +1,4 @@
+from concurrent import futures
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -16,7 +17,7 @@ def test_nobody_goes_on_before_all_have_come():
     each = [shared, *(TCPStore("127.0.0.1", shared.port) for _ in range(2))]
     with ThreadPoolExecutor(3) as pool:
         early = [pool.submit(agreed_name, each[rank], rank, 3, within) for rank in (0, 2)]
-        with pytest.raises(TimeoutError):
+        with pytest.raises(futures.TimeoutError):
             early[1].result(timeout=1)
         late = pool.submit(agreed_name, each[1], 1, 3, within)
         assert early[0].result() == early[1].result() == late.result()

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, defaultdict, deque
+from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -333,3 +335,57 @@ def states_by_layer_and_counters(m, o, k):
     states = [m.net.states[layer] for layer in layers]
     seen = [m.net.seen[layer.weight] for layer in layers]
     return outs, states, seen, len(m.net.seen), dict(m.net.counts), dict(m.net.deep[0])
+
+
+class Memory(dict):
+    """A dict of the user's own."""
+
+
+@dataclass(slots=True)
+class Cell:
+    h: torch.Tensor | None = None
+
+
+class Deep(Recurrent):
+    """A state where copies are not followed: `where` says in what."""
+
+    def __init__(self, where):
+        self.where = where
+        super().__init__()
+
+    def reset(self):
+        self.memory = Memory(h=None)
+        self.cells = Cell()
+        self.holder = SimpleNamespace(
+            inside=SimpleNamespace(h=None), layers=[SimpleNamespace(h=None)], sums=Memory()
+        )
+        self.holder.sums["count"] = torch.zeros(4)
+
+    def read(self):
+        return None
+
+    def write(self, h):
+        if self.where == "in_a_sum":
+            self.holder.sums["count"] += h.detach().sum(0)
+        elif self.where == "in_a_dict_of_a_class":
+            self.memory["h"] = h.detach()
+        else:
+            places = {"in_slots": self.cells, "in_an_object": self.holder.inside}
+            places.get(self.where, self.holder.layers[0]).h = h.detach()
+        self.last = h
+
+    def forward(self, x):
+        self.write(self.cell(x))
+        return self.head(self.last)
+
+
+def _too_deep(where):
+    def run(m, o, k):
+        update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+    run.__name__ = f"state_too_deep_{where}"
+    step(net=partial(Deep, where), refused="are not followed")(run)
+
+
+for _where in ("in_a_sum", "in_a_dict_of_a_class", "in_slots", "in_an_object", "in_layers"):
+    _too_deep(_where)

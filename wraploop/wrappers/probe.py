@@ -24,6 +24,7 @@ from wraploop.processes.channel import PeerError
 
 from .batch import is_shared, leaves_of
 from .call import Call
+from .commons import NotFollowed
 from .expected import Distance, Expected, Key, distance, named_leaves
 from .internals import global_hooks, same_values
 from .noise import kept_random_state
@@ -65,6 +66,7 @@ class Probe:
         Raises:
             ValueError: it draws random numbers, and gives something else in shards where it does
                 not.
+            NotImplementedError: it changes what shards have in common.
         """
         kind = (call.method, self._module.training)
         self._calls[kind] += 1
@@ -76,6 +78,8 @@ class Probe:
         with kept_random_state() as noise, torch.no_grad(), unsplit():
             try:
                 output, changes, parameters = self._made(call, _clone(call.inputs))
+            except NotFollowed:
+                raise
             except Exception:  # the shards' run will say what is wrong, or it needs gradients
                 return None
         if noise.drew and not outer:
@@ -134,12 +138,13 @@ class Probe:
         if evaluates:
             replica.module.eval()
         replica.carry({spot: kept.detach().clone() for spot, kept in tree.carried.items()})
-        keepsakes = Keepsakes(replica.hooks, replica.tables)
+        keepsakes, commons = Keepsakes(replica.hooks, replica.tables), replica.commons()
         try:
             with running(shard):
                 output, edits = call.on_shard(replica.module, inputs)
         finally:
             keepsakes.restore()
+        commons.check()
         left = {place: change.value for place, change in replica.changes().items()}
         pairs = zip(replica.leaves, tree.parameters, strict=True)
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}

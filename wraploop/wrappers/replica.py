@@ -29,6 +29,7 @@ from torch.nn.utils import parametrize
 from .batch import tensors_of
 from .batchnorm import Global, GlobalBatchNorm, global_class, statistics_of
 from .change import GONE, Change, without
+from .commons import TOO_DEEP, Commons
 from .containers import (
     Path,
     containers_at,
@@ -292,7 +293,7 @@ class Replica:
         """
         for kind, container, made in self._nested:
             if not same(items(container), made):
-                raise NotImplementedError(_NESTED.format(kind.__name__))
+                raise NotImplementedError(TOO_DEEP.format(kind.__name__))
         if [*map(len, self._hook_tables)] != self._hook_counts:
             raise NotImplementedError(_MADE.format("registers or removes hooks"))
         if not same(chain.from_iterable(map(dict.values, self._parts)), self._parts_made):
@@ -374,6 +375,13 @@ class Replica:
         there = {(h, n, p): tensor for h in carried for n, p, tensor in tensors_on(h.of)}
         pairs += [(there[spot], part) for spot, (part, _) in self._carried.items()]
         return {id(new): old for old, new in pairs}
+
+    def commons(self) -> Commons:
+        """What the copy has in common with the original, as it is now."""
+        pairs = [*self._modules, *self._objects, *self._containers]
+        carried = [part for part, _ in self._carried.values()]
+        own = [*(new for _, new in pairs), *self.leaves, *self._buffers, *carried]
+        return Commons((copy for _, copy in self._holders), own)
 
     def as_it_is(self, places: Iterable[Place]) -> dict[Place, Change]:
         """What is in `places` of buffers, as changes: another lane has written to its own."""
@@ -490,11 +498,6 @@ def _written_to(module: Any, copy: Any, written: set[int]) -> Iterator[tuple[Pla
 _MADE = (
     "The forward {}, which each shard would do on a copy of its own. Do it outside of the forward; "
     "if the forward does it once, when first called, call the model once before wrapping it."
-)
-
-_NESTED = (
-    "The forward changes a {} that holds modules, inside another container. Keep what it changes "
-    "in attributes of a module, or in lists and dicts there."
 )
 
 _LEAKED = (

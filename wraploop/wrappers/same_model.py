@@ -3,7 +3,8 @@
 What is set between wrapping and the first call counts as rank 0 has it. From then on ranks compare
 parameters and buffers, one at each call, each in its turn: the mean of a sample, and some of its
 numbers as they are, others in the next turn. (Buffers that are whole numbers, or not saved, are
-left out: they may count each rank's own rows, or hold what is made of them.) Where the ranks'
+left out: they may count each rank's own rows, or hold what is made of them.) At each call they
+compare what their layers are. Where the ranks'
 processors differ parameters come apart by rounding errors, which a shared gradient does not let
 grow: they add up as a walk at random does, to the square root of the calls. Buffers are each rank's
 own work, and need to agree to four digits.
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from wraploop.processes.channel import Channel, sample, weighted_mean
 from wraploop.processes.packing import pack, view_of
 
+from .containers import ATOMS
 from .internals import saved_buffers, stored
 from .tree import Tree
 
@@ -44,6 +46,7 @@ class SameModel:
         self._advice = advice
         self._tree: Tree | None = None
         self._names: list[tuple[str, nn.Module, str]] = []
+        self._layers = 0.0
         self._sizes: dict[str, float] = {}  # of the largest that each has been: errors stay
         self._calls = 0
 
@@ -68,7 +71,7 @@ class SameModel:
             broadcast(self._module, channel)
 
     def agree(self, channel: Channel, tree: Tree) -> None:
-        """Has the next exchange compare the parameter or buffer whose turn it is.
+        """Has the next exchange compare layers, and the parameter or buffer whose turn it is.
 
         Args:
             channel: the way to the other ranks.
@@ -76,6 +79,8 @@ class SameModel:
         """
         if tree is not self._tree:
             self._tree, self._names = tree, list(_compared(self._module))
+            self._layers = float(zlib.crc32("\n".join(_layers(self._module)).encode()))
+        channel.agree("kind of layers", [self._layers], _OTHER_LAYERS, 0.0)
         if self._names:
             turn, at = divmod(self._calls, len(self._names))
             what, owner, name = self._names[at]
@@ -101,7 +106,7 @@ def _last_digit(dtype: torch.dtype) -> float:
 
 
 def check_same_model(module: nn.Module, channel: Channel, options: Sequence[str] = ()) -> None:
-    """Checks that all processes have modules with the same parameters and buffers, in order.
+    """Checks that all processes have modules with the same parameters, buffers and layers.
 
     Args:
         module: the module.
@@ -137,12 +142,25 @@ def _compared(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
                 yield f"buffer {f'{owner}.{name}' if owner else name!r}", part, name
 
 
+def _layers(module: nn.Module) -> list[str]:
+    """What the layers are: their classes and, of torch's own, their settings."""
+    found = []
+    for name, layer in module.named_modules():
+        own = vars(layer).items() if type(layer).__module__.startswith("torch.nn.") else ()
+        settings = ", ".join(f"{key}={value}" for key, value in own if type(value) in ATOMS)
+        found.append(f"layer {name!r} {type(layer).__qualname__}({settings})")
+    return found
+
+
 def _described(module: nn.Module) -> list[str]:
     tensors = [("parameter", *item) for item in module.named_parameters()]
     tensors += [("buffer", *item) for item in module.named_buffers()]
     return [
-        f"{kind} {name!r} {tuple(t.shape)} {t.dtype}{_described_if_sparse(t)}"
-        for kind, name, t in tensors
+        *(
+            f"{kind} {name!r} {tuple(t.shape)} {t.dtype}{_described_if_sparse(t)}"
+            for kind, name, t in tensors
+        ),
+        *_layers(module),
     ]
 
 
@@ -170,3 +188,9 @@ def broadcast(module: nn.Module, channel: Channel) -> None:
 def _parts(module: nn.Module) -> list[Tensor]:
     """The dense tensors that its parameters and buffers are stored as."""
     return [part for tensor in (*module.parameters(), *module.buffers()) for part in stored(tensor)]
+
+
+_OTHER_LAYERS = (
+    "(Their classes, train() or eval(), or a setting such as a dropout's p.) Change layers alike "
+    "in every process."
+)

@@ -19,7 +19,7 @@ TABLES = ("_parameters", "_buffers", "_modules")
 _TORCHS_OWN = own_attributes()  # hooks and flags: no forward writes to these
 _OPAQUE = (  # whose objects are left alone
     *("torch", "builtins", "functools", "logging", "threading", "_thread", "weakref", "numpy"),
-    *("re", "enum", "abc", "typing", "wraploop"),
+    *("re", "enum", "abc", "typing", "pathlib", "wraploop"),
 )
 
 
@@ -155,7 +155,12 @@ def tensors_on(holder: Any) -> Iterator[tuple[str, Path, Tensor]]:
 
 def is_plain_object(value: Any) -> bool:
     """Whether `value` is an object of the user's, which has attributes and is no module."""
-    if isinstance(value, (type, nn.Module, Tensor, *CONTAINERS)) or not hasattr(value, "__dict__"):
+    return is_users(value) and not isinstance(value, CONTAINERS) and hasattr(value, "__dict__")
+
+
+def is_users(value: Any) -> bool:
+    """Whether `value` is of a class of the user's and neither a class itself nor a module."""
+    if isinstance(value, (type, nn.Module, Tensor)):
         return False
     return type(value).__module__.partition(".")[0] not in _OPAQUE
 
