@@ -104,6 +104,24 @@ def test_a_name_of_data_that_is_nearly_right_is_told():
         one.fit(1)
 
 
+def test_data_for_validation_by_another_name_is_told():
+    data = {"training": [], "val": batches(2), "test": batches(2)}
+    one = Learner(nn.Linear(1, 1), nn.L1Loss(), optimizer=torch.optim.SGD, data=data)
+    with pytest.warns(UserWarning, match="'val' is not used: ValidationPhase runs over") as told:
+        one.fit(1)
+    assert not [each for each in told if "'test'" in str(each.message)]
+
+
+class Returning(TrainingPhase):
+    def step(self, learner, batch):
+        return learner.loss_fn(learner.model(batch[0]), batch[1])
+
+
+def test_a_step_that_leaves_the_update_to_others_is_told():
+    with pytest.warns(UserWarning, match="Returning.step returned something, which nothing uses"):
+        learner().epoch(Returning(), batches(2))
+
+
 def test_several_optimizers_are_told_by_name():
     with pytest.raises(ValueError, match="name one of generator, critic, as optimizer='generator'"):
         lr_find(gan_learner(), GANTraining(2))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING, Any, TypeVar
+from warnings import warn
 
 import torch
 from torch import nn
@@ -276,7 +277,8 @@ class Learner:
                 calls, _ = callbacks.table[StepBegin]
                 if calls:
                     callbacks.call(StepBegin(), calls)
-                phase.step(self, state.batch)
+                if phase.step(self, state.batch) is not None:
+                    warn(_RETURNED.format(phase.name), stacklevel=2)
             except BaseException as error:
                 state.cancelled = True
                 if self.running is not None and not isinstance(error, (CancelStep, CancelEpoch)):
@@ -495,3 +497,9 @@ class Learner:
         assert self.position is not None
         self.position.broken = self.stopped is None
         self.position.stopped = self.stopped and self.stopped.reason
+
+
+_RETURNED = (
+    "{}.step returned something, which nothing uses. It has to call `loss.backward()` and "
+    "`optimizer.step()` itself, and to put into `learner.step` what callbacks should see."
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any, TypeAlias
+from warnings import warn
 
 from torch import nn
 from torch.optim import Optimizer
@@ -219,7 +220,16 @@ def planned(
     pairs = [p if isinstance(p, tuple) else (p, batches(p, data)) for p in phases]
     if pairs:
         return [(checked_phase(phase), over) for phase, over in pairs]
-    return [(phase, batches(phase, data)) for phase in standard_phases(data)]
+    phases = standard_phases(data)
+    unused = data.keys() - {phase.data for phase in phases}
+    for name in unused if "validation" not in data else ():
+        if "validation".startswith(str(name).lower()):
+            warn(
+                f"The data {name!r} is not used: ValidationPhase runs over 'validation'. Rename "
+                "it, or give the phases: `fit(epochs, [TrainingPhase(), (phase, batches)])`.",
+                stacklevel=2,
+            )
+    return [(phase, batches(phase, data)) for phase in phases]
 
 
 def batches(phase: Phase, data: Mapping[str, Batches]) -> Batches:
