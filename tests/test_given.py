@@ -7,7 +7,17 @@ import torch
 from torch import nn
 
 from tests.loop import batches, gan_learner, learner
-from wraploop import Event, Learner, StepEnd, fit_one_cycle, freeze, lr_find, one_cycle, unfreeze
+from wraploop import (
+    Event,
+    Learner,
+    StepEnd,
+    fine_tune,
+    fit_one_cycle,
+    freeze,
+    lr_find,
+    one_cycle,
+    unfreeze,
+)
 from wraploop.callbacks import (
     EMA,
     AccumulateGradients,
@@ -105,8 +115,8 @@ def test_a_name_of_data_that_is_nearly_right_is_told():
 
 
 def test_data_for_validation_by_another_name_is_told():
-    data = {"training": [], "val": batches(2), "test": batches(2)}
-    one = Learner(nn.Linear(1, 1), nn.L1Loss(), optimizer=torch.optim.SGD, data=data)
+    data = {"training": batches(2), "val": batches(2), "test": batches(2)}
+    one = Learner(nn.Linear(3, 1).double(), nn.MSELoss(), optimizer=torch.optim.SGD, data=data)
     with pytest.warns(UserWarning, match="'val' is not used: ValidationPhase runs over") as told:
         one.fit(1)
     assert not [each for each in told if "'test'" in str(each.message)]
@@ -138,3 +148,25 @@ def test_events_of_ones_own_are_handled():
         """Something else."""
 
     learner().handle(Own())
+
+
+def test_a_learner_without_an_optimizer_evaluates_and_says_that_it_cannot_train(tmp_path):
+    one = Learner(nn.Linear(3, 1).double(), nn.MSELoss(), data=batches(2))
+    assert one.evaluate(batches=batches(2)).keys() == {"loss"}
+    with pytest.raises(TypeError, match=r"got a list\. Batches are `batches="):
+        one.evaluate(batches(2))
+    assert "Linear" in str(one)
+    one.save(tmp_path / "saved")
+    one.load(tmp_path / "saved")
+    for train in (
+        lambda: one.fit(1),
+        lambda: one.epoch(TrainingPhase()),
+        lambda: fit_one_cycle(one, 1, 0.1),
+        lambda: fine_tune(one, 1),
+        lambda: lr_find(one),
+    ):
+        with pytest.raises(ValueError, match="The learner has no optimizer to train with"):
+            train()
+    with one.using(optimizer=torch.optim.SGD):
+        one.fit(1)
+    assert one.optimizers == {}

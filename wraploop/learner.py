@@ -63,7 +63,7 @@ class Learner:
         model: a module, or modules by name; then `learner.model.critic` is one of them.
         loss_fn: called with outputs and targets by the standard phases.
         optimizer: an optimizer; or a factory, called with a list of parameters, once for each
-            model; or a mapping of either, with names of models.
+            model; or a mapping of either, with names of models. Evaluating needs none.
         data: `(training, validation)`, or batches by name, or one iterable, for training.
         callbacks: called in the order that follows from what they read and write.
         default_callbacks: adds history, metrics, progress bar, epoch table and NaN stop, each
@@ -105,7 +105,7 @@ class Learner:
         model: named.Models,
         loss_fn: Callable[..., Any] | None = None,
         *,
-        optimizer: named.Optimizers,
+        optimizer: named.Optimizers | None = None,
         data: Batches | Mapping[str, Batches] | None = None,
         callbacks: Iterable[Callback] = (),
         default_callbacks: bool = True,
@@ -154,7 +154,8 @@ class Learner:
         epochs = whole("epochs", epochs, least=0)
         planned = named.planned(phases, self.data)
         if any(isinstance(phase, AbstractTrainingPhase) for phase, _ in planned):
-            named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
+            held = named.optimizers(self.model, self.optimizer)  # which raises if they do not fit
+            named.check_held(self.model, held)
         self.callbacks.check_joined()
         check_fired(self.callbacks, [phase for phase, _ in planned])
         within_a_fit = FitEnd in self._due
@@ -405,7 +406,7 @@ class Learner:
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """The optimizers by name, also if there is but one: then it is called `optimizer`."""
-        return named.by_name(self.optimizer, "optimizer")
+        return named.by_name(self.optimizer, "optimizer") if self.optimizer is not None else {}
 
     @property
     def params(self) -> Any:

@@ -119,13 +119,15 @@ def params(model: nn.Module | Named) -> Any:
     return Named("model", lists) if isinstance(model, Named) else lists["model"]
 
 
-def optimizers(model: nn.Module | Named, optimizer: Optimizers) -> Optimizer | Named:
+def optimizers(model: nn.Module | Named, optimizer: Optimizers | None) -> Optimizer | Named | None:
     """The one optimizer, or one for each model that has one, by name; factories are called.
 
     Raises:
         TypeError: something is neither an optimizer nor a factory of one.
         ValueError: an unknown name, a model without parameters, or an optimizer without its.
     """
+    if optimizer is None:  # to evaluate needs none
+        return None
     params = {name: list(each.parameters()) for name, each in by_name(model, "model").items()}
     if isinstance(optimizer, Optimizer) or not isinstance(model, Named):
         return _optimizer(
@@ -157,8 +159,11 @@ def check_held(model: nn.Module | Named, optimizer: Any) -> None:
     """Checks that optimizers still are those of the models: others may have been put in place.
 
     Raises:
-        ValueError: that of a model, or the one of all, holds none of the parameters.
+        ValueError: that of a model, or the one of all, holds none of the parameters; or there is
+            none.
     """
+    if optimizer is None:
+        raise ValueError(NO_OPTIMIZER)
     models, given = by_name(model, "model"), by_name(optimizer, "model")
     for name, one in given.items():
         its = [models[name]] if name in models else models.values() if len(given) == 1 else []
@@ -171,6 +176,11 @@ def _holds_any(optimizer: Any, params: list[nn.Parameter]) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     return not held.isdisjoint(map(id, params))
 
+
+NO_OPTIMIZER = (
+    "The learner has no optimizer to train with: give one, or a factory of one, to "
+    "Learner(optimizer=...). Without, it can evaluate."
+)
 
 _HOLDS_NONE = (
     "The {} given for {} holds none of its parameters. Make it from the parameters of the model "

@@ -182,6 +182,10 @@ def checked_phase(phase: Any) -> Phase:
     """
     if isinstance(phase, Phase):
         return phase
+    if isinstance(phase, Iterable) and not isinstance(phase, (str, type)):
+        raise TypeError(
+            f"Expected a Phase, and got a {type(phase).__name__}. Batches are `batches=...`."
+        )
     raise TypeError(f"Expected a Phase, and got {phase!r}.{first_make(phase)}")
 
 

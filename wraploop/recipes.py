@@ -127,6 +127,8 @@ def fine_tune(
     Source: Howard and Ruder, ULMFiT, 2018, section 3.2.
     """
     name = _only(learner, model)
+    if not learner.optimizers:
+        raise ValueError(named.NO_OPTIMIZER)
     tuned = name if name in learner.optimizers else next(iter(learner.optimizers))
     parts = [part if isinstance(part, nn.Module) else list(part) for part in groups]
     parts = parts or by_layer(learner.models[name])

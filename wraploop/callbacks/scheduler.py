@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from typing_extensions import override
 
+from wraploop import named
 from wraploop.callback import Callback, Handler
 from wraploop.callbacks.records import Series
 from wraploop.callbacks.watched import Watched
@@ -235,6 +236,8 @@ def optimizer_called(learner: Learner, name: str) -> Optimizer:
     there = learner.optimizers
     if name in there:
         return there[name]
+    if not there:
+        raise ValueError(named.NO_OPTIMIZER)
     if name or len(there) > 1:
         said = f"There is no optimizer {name!r}" if name else "There are several optimizers"
         raise ValueError(
