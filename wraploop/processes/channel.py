@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import struct
 import time
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
@@ -30,7 +32,8 @@ from .watch import watch
 from .wire import Wire
 
 _HEAD = struct.Struct("<BII")  # failed? length of the text, number of facts
-_MOST_TEXT = 1024
+_MOST_TEXT = 1 << 14  # bytes; of what is longer all is compared, and the beginning told
+_MOST_SHOWN = 1024
 _FAREWELL_S = 5.0
 _TIMEOUT_S = 1800.0  # torch's own, for gloo
 
@@ -154,7 +157,8 @@ class Channel:
         self._facts = []
         if self._of not in _wires:
             return False  # they have not exchanged anything yet
-        frame = Frame(f"{type(error).__name__}: {error}", [], failed=True).packed()
+        text = f"{type(error).__name__}: {error}"[:_MOST_SHOWN]
+        frame = Frame(text, [], failed=True).packed()
         try:
             self._wire().gather([frame], _FAREWELL_S)
         except (TimeoutError, ConnectionError):
@@ -177,7 +181,8 @@ class Channel:
                 )
         first = frames[0]
         if any((f.text, len(f.facts)) != (first.text, len(first.facts)) for f in frames):
-            lines = "\n".join(f"  rank {rank}: {frame.text}" for rank, frame in enumerate(frames))
+            texts = _told_apart([frame.text for frame in frames])
+            lines = "\n".join(f"  rank {rank}: {text}" for rank, text in enumerate(texts))
             raise PeerError(
                 "The processes do different things, where each must do the same:\n"
                 f"{lines}\nEvery process must run the same step on the same batch, or on its rows "
@@ -281,8 +286,20 @@ class Frame(NamedTuple):
 
 @functools.lru_cache(maxsize=1024)
 def _beginning(text: str, facts: int, failed: bool) -> bytes:
-    packed = text.encode()[:_MOST_TEXT]
+    packed = text.encode()
+    if len(packed) > _MOST_TEXT:
+        packed = packed[:_MOST_TEXT] + f"... (#{zlib.crc32(packed):08x})".encode()
     return _HEAD.pack(failed, len(packed), facts) + packed
+
+
+def _told_apart(texts: list[str]) -> list[str]:
+    """The texts; if they are long, what is around the place where they begin to differ."""
+    if max(map(len, texts)) <= _MOST_SHOWN:
+        return texts
+    begin = max(0, len(os.path.commonprefix(texts)) - _MOST_SHOWN // 2)
+    ends = [text[begin:] for text in texts]
+    cut = [end[:_MOST_SHOWN] + "..." * (len(end) > _MOST_SHOWN) for end in ends]
+    return ["..." * (begin > 0) + end for end in cut]
 
 
 def _as_tensor(message: memoryview) -> Tensor:
