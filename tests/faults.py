@@ -47,6 +47,38 @@ class Returning(nn.Module):
         return self.returns(self.layer(x))
 
 
+class Keeping(nn.Module):
+    """Keeps its outputs under a name that is another on each rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.kept: dict[str, torch.Tensor] = {}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.rand(1)  # so that nothing is compared with the whole batch
+        out = self.layer(x)
+        self.kept[f"of rank {RANK}"] = 2 * out
+        return out
+
+
+class Named(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor, of: str | dict[str, torch.Tensor]) -> torch.Tensor:
+        weights = {of: torch.ones(1)} if isinstance(of, str) else of
+        out = self.layer(x)
+        return torch.stack([getattr(out, n)() * weights[n] for n in sorted(weights)]).sum(0)
+
+
+def in_another_order(out: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As of names that stand in a set, which has another order in each process."""
+    torch.rand(1)  # so that nothing is compared with the whole batch
+    return {name: out if name == "a" else -out for name in sorted("ab", reverse=RANK == 1)}
+
+
 def attempt(name: str, run: Callable[[], Any]) -> None:
     begun = time.monotonic()
     try:
@@ -91,10 +123,24 @@ def main() -> None:
         out = model(x).sum()
         out.backward() if RANK == 0 else model(x)
 
+    def name_one() -> None:
+        for k in range(3):  # the third call is not looked at
+            named(x, "relu" if k == 2 and RANK == 1 else "tanh")
+
+    def pass_in_another_order() -> None:
+        weights = {name: torch.ones(6, 1) for name in ("abs", "tanh")}
+        keys = sorted(weights, reverse=RANK == 1)  # as sets of strings have another in each process
+        named_all(x, {key: weights[key] for key in keys})
+
     refusing = DistributedModel(Refusing())
     whole = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     flagged = DistributedModel(Flagged(), timeout_s=3)
     counting = DistributedModel(Returning(lambda x: (x, len(x))), timeout_s=3)
+    listing = DistributedModel(Returning(lambda x: (x, [0] * 900 + [len(x)])), timeout_s=3)
+    keyed = DistributedModel(Returning(in_another_order), timeout_s=3)
+    keeping = DistributedModel(Keeping(), timeout_s=3)
+    named = DistributedModel(Named(), timeout_s=3)
+    named_all = DistributedModel(Named(), timeout_s=3)
     sparse = DistributedModel(Returning(torch.Tensor.to_sparse), timeout_s=3)
     late = DistributedModel(nn.Linear(3, 1), timeout_s=3)
     coarse = DistributedModel(nn.Linear(3, 1), timeout_s=3)
@@ -235,6 +281,11 @@ def main() -> None:
         "another exchange": lambda: model(x) if RANK else processes.sum(1.0),
         "another exchange, own rows": lambda: local(x + RANK) if RANK else processes.sum(1.0),
         "another value returned": lambda: counting(x[:5]),
+        "another of many values": lambda: listing(x[:5]),
+        "another order of outputs": lambda: keyed(x),
+        "another attribute": lambda: keeping(x),
+        "another name": name_one,
+        "another order of inputs": pass_in_another_order,
         "a sparse output": lambda: sparse(x),
         "the same rows": lambda: local(x),
         "the same noise": draw_the_same,

@@ -22,7 +22,12 @@ EXPECTED = {
         "PeerError The processes do different .*add numbers up.*run Linear.forward",
     )
     * 2,
-    "another value returned": (r"PeerError The processes do .*returned \[3\].*returned \[2\]",) * 2,
+    "another of many values": (r"PeerError .*\[1\]\[900\] 3'.*\[1\]\[900\] 2'",) * 2,
+    "another order of outputs": (r"""returned \["\['a'\]", .*returned \["\['b'\]", """,) * 2,
+    "another attribute": ("PeerError .*'of rank 0'.*'of rank 1'",) * 2,
+    "another name": ("PeerError The processes do .*'tanh'.*'relu'",) * 2,
+    "another order of inputs": ("PeerError .*'abs'.*'tanh'.*'tanh'.*'abs'",) * 2,
+    "another value returned": (r"PeerError .*returned .*'\[1\] 3'.*returned .*'\[1\] 2'",) * 2,
     "a sparse output": ("TypeError The output of 'forward' is stored as torch.sparse_coo",) * 2,
     "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,
     "the same noise": ("ValueError Every process has drawn the same random numbers",) * 2,

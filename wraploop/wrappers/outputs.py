@@ -362,6 +362,16 @@ def plain_values(nest: Nest) -> list[Any]:
     return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, ATOMS)]
 
 
+def layout(nest: Nest) -> list[str]:
+    """Where the tensors in `nest` stand, and what else there is; nothing if it is a tensor."""
+    if isinstance(nest, Tensor):
+        return []
+    return [
+        f"{path} {leaf!r}".strip() if isinstance(leaf, ATOMS) else path
+        for path, leaf in leaves_of(nest)
+    ]
+
+
 def _check_same_values(place: Place, values: list[Any]) -> None:
     """Checks that what all shards have set an attribute to is the same, but for tensors."""
     holder, name = place

@@ -12,7 +12,7 @@ from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
 from .at_step import AtStep, ReduceAt
-from .batch import Nest, shared, split
+from .batch import Nest, leaves_of, shared, split
 from .border import Move
 from .call import Call
 from .change import Change
@@ -27,6 +27,7 @@ from .outputs import (
     carried_moves,
     carried_parts,
     check_alike,
+    layout,
     move_in,
     plain_values,
     signature,
@@ -166,7 +167,8 @@ class RankRunner:
             return changes
         numbers = [*chain.from_iterable(pairs), *map(signature, taken)]
         mine = torch.tensor(numbers, dtype=torch.float64)
-        said = self.channel.exchange("look at attributes", pack(mine))
+        names = [f"{type(holder.of).__name__}.{name}" for holder, name in loud]
+        said = self.channel.exchange(f"look at attributes {names}", pack(mine))
         if any(len(packed) != 8 * len(mine) for packed in said):
             raise ValueError("The forward has set other attributes on other processes.")
         every = [unpack(packed, mine.shape, mine).tolist() for packed in said]
@@ -210,12 +212,28 @@ class RankRunner:
         grad = "" if torch.is_grad_enabled() else ", no grad"
         shapes = [tuple(x.shape) for x in call.inputs]
         returned = [(tuple(t.shape[1:]), str(t.dtype)) for t in tensors]
-        values = {place[1]: plain_values(change.value) for place, change in ran.changes.items()}
-        values |= {f"argument {i}": plain_values(edit) for i, edit in ran.edits.items()}
-        left = f", having set {values}" if any(values.values()) else ""
-        plain = plain_values(ran.output)
-        beside = f", and returned {plain}" if plain else ""
-        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{left}{beside}"
+        changed = [(place[1], change.value) for place, change in ran.changes.items()]
+        changed += [(f"argument {i}", edit) for i, edit in ran.edits.items()]
+        values = [f"{name}{at}" for name, value in changed for at in layout(value)]
+        left = f", having set {values}" if values else ""
+        returned_as = layout(ran.output)
+        beside = f", and returned {returned_as}" if returned_as else ""
+        passed = _passed(call)
+        given = f" passed as {passed}" if passed else ""
+        return f"the outputs {returned} ({mode}{grad}) for inputs {shapes}{given}{left}{beside}"
+
+
+def _passed(call: Call) -> list[str]:
+    """Where the tensors stand that are passed, and the strings; nothing if it is one tensor."""
+    args, kwargs = call.arguments
+    if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
+        return []
+    leaves = chain(leaves_of(args), leaves_of(kwargs))
+    return [
+        f"{path} {leaf!r}" if isinstance(leaf, str) else path
+        for path, leaf in leaves
+        if isinstance(leaf, (Tensor, str))
+    ]
 
 
 def _numbers_in(call: Call) -> list[float]:
