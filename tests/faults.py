@@ -280,6 +280,7 @@ def main() -> None:
         "an error in forward": lambda: refusing(x),
         "another exchange": lambda: model(x) if RANK else processes.sum(1.0),
         "another exchange, own rows": lambda: local(x + RANK) if RANK else processes.sum(1.0),
+        "another sum": lambda: processes.any(True, f"whether {RANK} has ended"),
         "another value returned": lambda: counting(x[:5]),
         "another of many values": lambda: listing(x[:5]),
         "another order of outputs": lambda: keyed(x),

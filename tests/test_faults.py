@@ -27,6 +27,7 @@ EXPECTED = {
     "another attribute": ("PeerError .*'of rank 0'.*'of rank 1'",) * 2,
     "another name": ("PeerError The processes do .*'tanh'.*'relu'",) * 2,
     "another order of inputs": ("PeerError .*'abs'.*'tanh'.*'tanh'.*'abs'",) * 2,
+    "another sum": (r"PeerError .*add numbers up \(whether 0 has.*\(whether 1 has",) * 2,
     "another value returned": (r"PeerError .*returned .*'\[1\] 3'.*returned .*'\[1\] 2'",) * 2,
     "a sparse output": ("TypeError The output of 'forward' is stored as torch.sparse_coo",) * 2,
     "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,

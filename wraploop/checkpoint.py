@@ -73,7 +73,8 @@ def read_alike(path: str | os.PathLike[str]) -> State:
         state, checksums = read(path), (_replaced(Path(path)) / _LIST).read_bytes()
     except Exception as failed:
         error = failed
-    said = processes.gather((error and f"{type(error).__name__}: {error}", checksums))
+    own = error and f"{type(error).__name__}: {error}", checksums
+    said = processes.gather(own, "whether a checkpoint can be read")
     if error:
         raise error
     failed = {rank: each for rank, (each, _) in enumerate(said) if each}

@@ -174,8 +174,8 @@ def _mean_over_processes(loss: float, stored: dict[str, Any]) -> float:
     if processes.world_size() == 1:
         return loss
     rows = rows_of(stored)
-    total = processes.sum(loss * rows if rows else 0.0)
-    return total / max(processes.sum(rows), 1)
+    total = processes.sum(loss * rows if rows else 0.0, "the loss of lr_find")
+    return total / max(processes.sum(rows, "the rows of lr_find"), 1)
 
 
 def _over_and_over(batches: Iterable[Any]) -> Iterator[Any]:

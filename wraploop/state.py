@@ -46,7 +46,9 @@ def state_of(learner: Learner) -> State:
         },
         "callbacks": {name: each.state_dict() for name, each in _callbacks(learner).items()},
         "position": position and position.state_dict(),
-        "processes": processes.gather(position.draws() if position else {"now": draws_of()}),
+        "processes": processes.gather(
+            position.draws() if position else {"now": draws_of()}, "a learner's random states"
+        ),
     }
 
 

@@ -85,7 +85,7 @@ class EarlyStopping(Callback):
         if self.watched.is_due(learner):
             reasons.append(self.criterion.update(self.sign * self.watched.value(learner)))
         reason = " and ".join(filter(None, reasons))
-        if processes.any(bool(reason)):
+        if processes.any(bool(reason), "whether EarlyStopping stops"):
             reason, self._has_stopped = reason or "another process says so", True
             raise CancelFit(f"{self.watched.metric} of {learner.phase.name}: {reason}")
 

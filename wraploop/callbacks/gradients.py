@@ -105,7 +105,9 @@ class AccumulateGradients(AroundUpdates):
         if self._is_flushing:
             return
         so_far = self._sums.setdefault(name, _Sum())
-        weight = processes.sum(rows_of(vars(learner.step))) if self.reduction == "mean" else 1.0
+        weight = 1.0
+        if self.reduction == "mean":
+            weight = processes.sum(rows_of(vars(learner.step)), "the rows of a step")
         self._taken = so_far.add(optimizer, weight)
         is_due = so_far.steps == self.steps
         if is_due:

@@ -80,7 +80,7 @@ class Leaving:
         if self._steps < self._ask_at:
             return False
         now_s = time.monotonic()
-        said = processes.gather((self._is_told, now_s - self._asked_s))
+        said = processes.gather((self._is_told, now_s - self._asked_s), "who is told to end")
         slowest_s = max(took_s for _, took_s in said)
         a_second = round(self._steps / max(slowest_s, 1e-6) * _ASK_EVERY_S)
         self._ask_at, self._steps = min(max(a_second, 1), _MOST_STEPS), 0
@@ -89,7 +89,7 @@ class Leaving:
 
     def was_told(self) -> bool:
         """Whether it has been told to leave until `end`; alike in all processes."""
-        return any(processes.gather(self._is_told))
+        return any(processes.gather(self._is_told, "who was told to end"))
 
     def reach(self) -> None:
         """A step has ended in time: what remains to be done may take as long as it takes."""

@@ -67,7 +67,7 @@ class LossMeter:
 
     def result(self) -> dict[str, float]:
         """The epoch's value by name, over all processes; nothing where no step had any."""
-        total, rows = map(processes.sum, self._sums())
+        total, rows = (processes.sum(each, self.name) for each in self._sums())
         return {self.name: total / rows} if rows else {}
 
     def _sums(self) -> tuple[float, int]:
@@ -169,7 +169,7 @@ class StateMeter:
 
     def result(self) -> dict[str, float]:
         """The epoch's value by name, over all processes; nothing where no step had any."""
-        if not processes.any(self.taken):
+        if not processes.any(self.taken, f"whether there is {self.name}"):
             return {}
         is_one = processes.have_same(self._seen)
         for part, is_distributed in self._asks:

@@ -162,7 +162,7 @@ class Metrics(Callback):
         for phase, all_ in self._meters.items():
             if begun := {each.name: each.state_dict() for each in all_ if each.has_begun}:
                 meters[phase] = begun
-        everyones = processes.gather(meters)
+        everyones = processes.gather(meters, "the metrics so far")
         is_one = all(pickle.dumps(each) == pickle.dumps(everyones[0]) for each in everyones)
         return {"records": records, "meters": everyones[:1] if is_one else everyones}
 

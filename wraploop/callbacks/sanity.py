@@ -119,7 +119,7 @@ def _verdict(check: Check, seen: Seen) -> _Verdict:
         mark = "-"
     except Exception as error:
         wrong = f"the check itself raised {said(error)}"
-    if processes.any(wrong != ""):
+    if processes.any(wrong != "", "what SanityCheck finds"):
         wrong = wrong or "so another process finds"
         mark = "ERROR" if check.is_error else "warning"
     return _Verdict(check.name, mark, wrong)

@@ -80,7 +80,7 @@ def first_step(learner: Learner) -> Seen:
     validates = any(isinstance(each, AbstractValidationPhase) for each in phases)
     seen = Seen(learner.phase, validates or "validation" in learner.data)
     seen.note = _why_not(batches)
-    if processes.any(seen.note != ""):
+    if processes.any(seen.note != "", "what SanityCheck can try"):
         seen.note = seen.note or "another process could read none without losing it"
         return seen
     witness = _Witness()

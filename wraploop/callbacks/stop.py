@@ -63,7 +63,8 @@ class StopOnNaNLoss(AroundUpdates):
             if name in stored and not math.isfinite(value := number_in(step, name)):
                 said = f"{name} is {'NaN' if math.isnan(value) else 'infinite'}"
                 bad = f"{bad} and {said}" if bad else said
-        if processes.any(bad != "" and count_rows(stored["batch"]) > 0):
+        is_bad = bad != "" and count_rows(stored["batch"]) > 0
+        if processes.any(is_bad, "whether a loss is NaN or infinite"):
             raise CancelFit(bad or "the loss of another process is NaN or infinite")
 
     @override

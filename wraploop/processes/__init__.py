@@ -90,32 +90,40 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def any(flag: bool | Tensor) -> bool:
-    """Whether `flag` is true on at least one process; the same answer on all of them."""
+def any(flag: bool | Tensor, what: str = "") -> bool:
+    """Whether `flag` is true on at least one process; the same answer on all of them.
+
+    Args:
+        flag: this process's.
+        what: what it is about, the same on all: another's is an error on every process.
+    """
     if not is_started():
         return bool(flag)
-    return sum(float(bool(flag))) > 0
+    return sum(float(bool(flag)), what) > 0
 
 
-def sum(value: float | Tensor) -> float:
-    """The sum of `value` over all processes; the same answer on all of them."""
+def sum(value: float | Tensor, what: str = "") -> float:
+    """The sum of `value` over all processes; the same answer on all of them. `what`: see `any`."""
     number = float(value)
     if world_size() == 1:
         return number
-    said = Channel(None, _timeout_s).exchange("add numbers up", _packed(number))
+    said = Channel(None, _timeout_s).exchange(_doing("add numbers up", what), _packed(number))
     return builtins.sum(_unpacked(packed) for packed in said)
 
 
-def mean(value: float | Tensor, weight: float = 1.0) -> float:
-    """The mean of `value` over all processes, each weighted by `weight`."""
-    return sum(float(value) * weight) / sum(weight)
+def mean(value: float | Tensor, weight: float = 1.0, what: str = "") -> float:
+    """The mean of `value` over all processes, each weighted by `weight`. `what`: see `any`."""
+    return sum(float(value) * weight, what) / sum(weight, what)
 
 
-def gather(value: Any) -> list[Any]:
-    """Every process's `value` (anything that pickles), in the order of ranks, on all of them."""
+def gather(value: Any, what: str = "") -> list[Any]:
+    """Every process's `value` (anything that pickles), in the order of ranks, on all of them.
+
+    `what`: see `any`.
+    """
     if world_size() == 1:
         return [value]
-    said = Channel(None, _timeout_s).exchange("gather values", _packed(value))
+    said = Channel(None, _timeout_s).exchange(_doing("gather values", what), _packed(value))
     return [*map(_unpacked, said)]
 
 
@@ -162,6 +170,10 @@ def _packed(value: Any) -> Tensor:
 
 def _unpacked(packed: Tensor) -> Any:
     return pickle.loads(packed.numpy().tobytes())
+
+
+def _doing(doing: str, what: str) -> str:
+    return f"{doing} ({what})" if what else doing
 
 
 def have_same(value: Any) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
 import struct
 import time
 import weakref
@@ -296,7 +295,9 @@ def _told_apart(texts: list[str]) -> list[str]:
     """The texts; if they are long, what is around the place where they begin to differ."""
     if max(map(len, texts)) <= _MOST_SHOWN:
         return texts
-    begin = max(0, len(os.path.commonprefix(texts)) - _MOST_SHOWN // 2)
+    columns = enumerate(zip(*texts, strict=False))
+    differ = next((i for i, each in columns if len(set(each)) > 1), min(map(len, texts)))
+    begin = max(0, differ - _MOST_SHOWN // 2)
     ends = [text[begin:] for text in texts]
     cut = [end[:_MOST_SHOWN] + "..." * (len(end) > _MOST_SHOWN) for end in ends]
     return ["..." * (begin > 0) + end for end in cut]
