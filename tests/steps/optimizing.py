@@ -215,3 +215,35 @@ def wrapped_models_inside_a_module(m, o, k):
     state = copy.deepcopy(m.both.state_dict())
     m.both.load_state_dict(state)
     return out, list(state), [name for name, _ in m.both.named_parameters()]
+
+
+class Around(nn.Module):
+    """Has another model, wrapped as it is itself, that its forward calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own, self.inner = nn.Linear(3, 3), None
+
+    def forward(self, x):
+        h = self.own(x).tanh()
+        return self.inner(h), self.inner(h * 2)
+
+
+def around_optimizers(m):
+    return {"inner": SGD(m.inner.parameters()), "own": SGD(m.around.own.parameters())}
+
+
+def around_another(m, o, k):
+    m.around.inner = m.inner
+    x = randn(k, 7, 3).requires_grad_()
+    a, b = m.around(x)
+    (slopes,) = torch.autograd.grad(a.square().sum(), x, create_graph=True)
+    o.own.zero_grad()
+    update(o.inner, slopes.square().mean() + b.square().mean() + m.inner(x).mean())
+    o.own.step()
+    return a, b, x.grad
+
+
+@step(inner=lambda: mlp(3, 5, 2), around=Around, optimizers=around_optimizers)
+def wrapped_model_that_calls_another(m, o, k):
+    return around_another(m, o, k)

@@ -21,6 +21,7 @@ from .internals import is_transformed
 from .local_runner import LocalRunner, Reduction
 from .rank_runner import RankRunner
 from .same_model import broadcast, check_same_model
+from .shard import current
 from .tree import EXECUTION
 from .wrapper import ModelWrapper
 
@@ -150,6 +151,9 @@ class DistributedModel(ModelWrapper):
         )
 
     def _run(self, call: Call) -> Nest:
+        shard = current()
+        if shard is not None and shard.is_of_rank:  # of another, which this one is inside
+            return call.on(self.module)
         runner = self._runner()
         rows = rows_of(call.arguments)
         if runner is None and self.batch == "local" and self.module.training:

@@ -37,6 +37,7 @@ class Meeting:
 
     def __init__(self, lanes: int, parent: Shard | None) -> None:
         self._parent = parent
+        self.is_of_rank = parent is not None and parent.is_of_rank
         self._brought: list[Any] = [None] * lanes
         self._missing = lanes
         self._round = 0
@@ -121,6 +122,7 @@ class Lane(Shard):
         self.index = index
         self.rows = rows
         self.loss_weight = loss_weight
+        self.is_of_rank = meeting.is_of_rank
 
     def total(self, tensor: Tensor) -> Tensor:
         """The sum of all shards' `tensor`."""

@@ -43,6 +43,7 @@ class Rank(Shard):
         drawn_from: what this rank's module drew random numbers from; after coming out, any's.
     """
 
+    is_of_rank = True
     drawn_from = 0
 
     def __init__(

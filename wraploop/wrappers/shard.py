@@ -34,12 +34,14 @@ class Shard(ABC):
             all rows, else the share of this process's rows in all.
         is_whole: whether there is no other shard.
         is_lane: whether others run in this process at the same time.
+        is_of_rank: whether other processes have others.
     """
 
     rows: int
     loss_weight: float = 1.0
     is_whole: bool = False
     is_lane: bool = False
+    is_of_rank: bool = False
 
     @abstractmethod
     def total(self, tensor: Tensor) -> Tensor:
