@@ -247,3 +247,12 @@ def around_another(m, o, k):
 @step(inner=lambda: mlp(3, 5, 2), around=Around, optimizers=around_optimizers)
 def wrapped_model_that_calls_another(m, o, k):
     return around_another(m, o, k)
+
+
+def normed():
+    return nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
+
+
+@step(inner=normed, around=Around, optimizers=around_optimizers)
+def wrapped_model_that_calls_another_with_batchnorm(m, o, k):
+    return around_another(m, o, k)

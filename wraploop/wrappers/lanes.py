@@ -85,7 +85,7 @@ class Meeting:
         return self._parent.total(total) if self._parent else total
 
     def _everyones(self, brought: list[np.ndarray]) -> np.ndarray:
-        _check_shapes([*map(_shape, brought)])
+        _check_shapes([_shape(rows)[1:] for rows in brought])  # a wrapper inside brings several
         rows = np.concatenate(brought)
         return self._parent.everyones(rows) if self._parent else rows
 
