@@ -11,7 +11,7 @@ from torch import nn
 
 from wraploop import batch_mean
 
-from .registry import randn, step, update
+from .registry import SGD, randn, step, update
 
 
 def normed(norm: Any = None, after=nn.Tanh) -> nn.Sequential:
@@ -265,3 +265,14 @@ def batchnorm_of_infinity(m, o, k):
     x = randn(k, 7, 3)
     x[2, 1] = torch.inf
     return m.net(x)
+
+
+@step(
+    lambda: dict.fromkeys(("net", "unwrapped"), normed()),
+    optimizers=lambda m: {"net": SGD(m.net.parameters())},
+    plain=("unwrapped",),
+)
+def batchnorm_with_and_without_wrapper_before_one_backward(m, o, k):
+    a, b, c = m.unwrapped(randn(k, 7, 3)), m.net(randn(k + 1, 7, 3)), m.unwrapped(randn(k, 4, 3))
+    update(o.net, a.square().mean() + b.mean() + c.square().mean())
+    return a, b, c

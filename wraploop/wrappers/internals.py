@@ -148,6 +148,11 @@ def same_values(a: Tensor, b: Tensor) -> bool:
     )
 
 
+def is_alias(a: Tensor, b: Tensor) -> bool:
+    """Whether two dense tensors have their values in one place."""
+    return a.layout is b.layout is torch.strided and a.data_ptr() == b.data_ptr()
+
+
 def differing(some: list[Tensor], others: list[Tensor]) -> list[bool]:
     """For each of `some` whether its values are others than those of its like in `others`.
 

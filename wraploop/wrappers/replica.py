@@ -42,7 +42,7 @@ from .containers import (
     same,
 )
 from .copies import Copies
-from .internals import differing, variables_behind, version_of
+from .internals import differing, is_alias, variables_behind, version_of
 from .observers import Observation, Observer, is_observer
 from .tree import (
     EXECUTION,
@@ -223,7 +223,7 @@ class Replica:
         Versions do not tell: writing by `.data`, by NumPy, or in torch's batch norm counts none.
         """
         pairs = enumerate(zip(self._buffers, self._tree.buffers, strict=True))
-        copies = {i: copy for i, (copy, buffer) in pairs if copy is not buffer}
+        copies = {i: copy for i, (copy, buffer) in pairs if not is_alias(copy, buffer)}
         buffers = [self._tree.buffers[i].to(copy.device) for i, copy in copies.items()]
         differ = differing(buffers, [*copies.values()])
         return {i: copy for (i, copy), other in zip(copies.items(), differ, strict=True) if other}
@@ -417,8 +417,9 @@ class Replica:
                 target = buffers_of(module).get(name, module.__dict__.get(name))
                 assert isinstance(target, Tensor)
                 if value.data_ptr() != target.data_ptr():
+                    is_uncounted = name in statistics_of(module)  # as torch's batch norm writes
                     with torch.no_grad():
-                        target.copy_(value)
+                        (target.data if is_uncounted else target).copy_(value)
             elif change.is_buffer:
                 module._buffers[name] = value
             else:
