@@ -510,7 +510,7 @@ _LEAKED = (
 
 _BYPASSED = (
     "The module's forward reaches a parameter ({}) by a way that a copy of the module does not "
-    "follow (a global, a proxy or an object without `__dict__` that holds the module, or a module "
-    "of TorchScript), so its gradient would be wrong. Reach it through attributes of the module, "
-    "or what they hold, and do not script it."
+    "follow (a global, a proxy or an object without `__dict__` that holds the module, a module of "
+    "TorchScript, or one in a list that is not registered), so its gradient would be wrong. Make "
+    "it a parameter of a submodule (nn.ModuleList for several), and do not script it."
 )
