@@ -229,6 +229,15 @@ def test_outputs_that_cannot_be_put_together_are_refused(wrap_in_lanes, output, 
         wrap_in_lanes(Odd())(torch.arange(12.0).view(4, 3))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_refused(wrap_in_lanes):
+    plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
+    inside = nn.Sequential(torch.jit.script(nn.ReLU()), nn.BatchNorm1d(3))
+    for scripted in (torch.jit.script(plain), torch.jit.trace(plain, torch.randn(2, 3)), inside):
+        with pytest.raises(TypeError, match="module of TorchScript"):
+            wrap_in_lanes(scripted)(torch.randn(4, 3))
+
+
 def test_a_lazy_module_is_refused_until_it_has_shapes(wrap_in_lanes):
     lazy = nn.LazyLinear(2)
     with pytest.raises(ValueError, match="has no shape yet"):

@@ -267,3 +267,44 @@ class Growing(nn.Module):
 @step(net=Growing, refused="makes, replaces or removes layers")
 def layers_added_by_the_forward(m, o, k):
     update(o.net, m.net(randn(k, 7, 3)).square().mean())
+
+
+class GivingAFunction(nn.Module):
+    """Its rows are in a function, which it returns, or keeps."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.layer, self.act, self.loss = how, nn.Linear(3, 2), nn.Tanh(), None
+
+    def forward(self, x):
+        h = self.layer(x)
+        if self.how == "kept":
+            self.loss = lambda: h.square().mean()
+        functions = {
+            "returned": lambda: h.square().mean(),
+            "partial": functools.partial(torch.mul, h),
+        }
+        return h, functions.get(self.how, torch.tanh)
+
+
+@step(net=functools.partial(GivingAFunction, "returned"), refused="that holds tensors")
+def rows_in_a_function_that_is_returned(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3))[1]())
+
+
+@step(net=functools.partial(GivingAFunction, "partial"), refused="that holds tensors")
+def rows_in_a_partial_that_is_returned(m, o, k):
+    update(o.net, m.net(randn(k, 7, 3))[1](2.0).square().mean())
+
+
+@step(net=functools.partial(GivingAFunction, "kept"), refused="that holds tensors")
+def rows_in_a_function_that_is_kept(m, o, k):
+    m.net(randn(k, 7, 3))
+    update(o.net, m.net.loss())
+
+
+@step(net=functools.partial(GivingAFunction, ""))
+def function_without_rows_that_is_returned(m, o, k):
+    h, act = m.net(randn(k, 7, 3))
+    update(o.net, act(h).square().mean())
+    return h

@@ -186,3 +186,24 @@ def inputs_that_are_views(m, o, k):
     out = m.net(x, y)
     update(o.net, out.square().mean())
     return out, wide.grad
+
+
+class OtherOrder(nn.Module):
+    """Outputs that lie in memory in another order than that of their axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x, sequence):
+        return self.convolution(x), self.layer(sequence).transpose(1, 2)
+
+
+@step(net=OtherOrder)
+def outputs_in_another_order_in_memory(m, o, k):
+    x = randn(k, 7, 3, 5, 5).contiguous(memory_format=torch.channels_last)
+    images, sequence = m.net(x, randn(k, 7, 5, 3))
+    pixels, flat = images.permute(0, 2, 3, 1).view(-1, 4), sequence.transpose(1, 2).view(-1, 2)
+    update(o.net, pixels.square().mean() + flat.square().mean())
+    return pixels, flat

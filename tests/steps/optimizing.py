@@ -222,7 +222,7 @@ class Around(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.own, self.inner = nn.Linear(3, 3), None
+        self.own, self.inner = nn.Linear(3, 3), nn.Identity()
 
     def forward(self, x):
         h = self.own(x).tanh()

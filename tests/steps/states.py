@@ -337,6 +337,31 @@ def states_by_layer_and_counters(m, o, k):
     return outs, states, seen, len(m.net.seen), dict(m.net.counts), dict(m.net.deep[0])
 
 
+class InABuffer(nn.Module):
+    """A membrane and a mean of it, both in buffers that are set anew, as snntorch has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 4)
+        self.register_buffer("membrane", torch.zeros(1))
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x):
+        if self.membrane.shape[:1] != x.shape[:1]:
+            self.membrane = torch.zeros(len(x), 4)
+        self.membrane = 0.5 * self.membrane + self.layer(x)
+        self.mean = 0.9 * self.mean + 0.1 * self.membrane.detach().mean(0)
+        return self.membrane.tanh()
+
+
+@step(net=InABuffer, steps=5)
+def state_kept_in_a_buffer(m, o, k):
+    m.net.membrane = m.net.membrane.detach()
+    outs = [m.net(randn(10 * k + t, [7, 6, 4, 4, 9][k], 3)) for t in range(3)]
+    update(o.net, sum(out.square().mean() for out in outs))
+    return outs, m.net.membrane, m.net.mean
+
+
 class Memory(dict):
     """A dict of the user's own."""
 

@@ -302,6 +302,16 @@ def split(rows: int, shards: int) -> list[slice]:
     return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+def cat_rows(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """`parts`, one behind the other along the first axis, in memory in the order of `like`."""
+    whole = torch.cat([*parts])
+    if like.is_contiguous() or like.layout is not torch.strided:
+        return whole
+    order = sorted(range(like.ndim), key=lambda axis: -like.stride(axis))
+    back = sorted(range(like.ndim), key=order.__getitem__)
+    return whole.permute(order).contiguous().permute(back)
+
+
 def zeros_like_rows(tensor: Tensor, rows: int) -> Tensor:
     """Zeros of the shape of `tensor`, with `rows` rows."""
     return torch.zeros((rows, *tensor.shape[1:]), dtype=tensor.dtype, device=tensor.device)

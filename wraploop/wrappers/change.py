@@ -49,8 +49,8 @@ class Change(NamedTuple):
     Attributes:
         value: that; `GONE` if it has deleted it.
         before: what it was.
-        is_buffer: whether it is a buffer, or a tensor written to in place: not batched.
-        is_in_place: whether it was written to in place.
+        is_buffer: whether it is a buffer, or a tensor written to in place.
+        is_in_place: whether it was written to in place: not batched.
         is_agreed: whether it is the same in every shard.
         rows: for each tensor in it, the axis that has a row for each row of the batch, if any.
         onto: by path, the original's containers that stand in it.
@@ -72,18 +72,29 @@ class Change(NamedTuple):
 
     def may_have_rows(self, rows: int, total: int) -> list[list[int]]:
         """For each tensor, the axes that may have one for each of a shard's `rows`, of `total`."""
-        value, before = self.value, self.before
-        kept_shape = isinstance(value, Tensor) and isinstance(before, Tensor)
-        kept_shape = kept_shape and before.shape == value.shape
+        value, kept_shape = self.value, self._kept_shape()
         found = []
         for i, (leaf, known) in enumerate(zip(tensors_of(value), self.known(), strict=False)):
             axes = range(leaf.ndim) if known is None else [known]
             if known is None and (kept_shape or i in self.into):
                 axes = [axis for axis in axes if leaf.shape[axis] == total]
-            if self.is_buffer:
+            if self.is_in_place:
                 axes = []
             found.append([axis for axis in axes if leaf.shape[axis : axis + 1] == (rows,)])
         return found
+
+    def is_of_all(self, total: int) -> bool:
+        """Whether it says itself that it has no rows, of `total`: as a statistic set anew does."""
+        if self.is_in_place:
+            return True
+        if not self.is_buffer or any(axis is not None for axis in self.rows):
+            return False
+        return self._kept_shape() and total not in self.value.shape
+
+    def _kept_shape(self) -> bool:
+        value, before = self.value, self.before
+        both = isinstance(value, Tensor) and isinstance(before, Tensor)
+        return both and before.shape == value.shape
 
     def handed_back(self) -> Any:
         """`value`, now of the whole batch, as the original has it."""

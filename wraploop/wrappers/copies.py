@@ -151,6 +151,20 @@ class Copies:
         return new
 
 
+def holds_tensors(value: Any) -> bool:
+    """Whether one gets from `value`, a function say, to a tensor that no module has."""
+    seen: set[int] = set()
+    left = [value]
+    while left and len(seen) < _MOST:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            return True
+        if not isinstance(value, (nn.Module, *_ENDS)) and id(value) not in seen:
+            seen.add(id(value))
+            left += _parts(value)
+    return False
+
+
 def _parts(value: Any) -> list[Any]:
     """What `value` holds."""
     if isinstance(value, dict):

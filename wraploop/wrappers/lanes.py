@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from . import shard as shards
-from .batch import zeros_like_rows
+from .batch import cat_rows, zeros_like_rows
 from .border import Move, weighted_mean
 from .internals import foreach_add
 from .shard import Shard
@@ -240,7 +240,7 @@ class LaneGroup:
             elif move == "mean":
                 wholes[i] = weighted_mean([p for p in column if p is not None], self.weights)
             elif move == "gather":
-                wholes[i] = torch.cat(self._without_gaps(column, like[i]))
+                wholes[i] = cat_rows(self._without_gaps(column, like[i]), like[i])
             else:
                 sums.append(i)
         if sums:

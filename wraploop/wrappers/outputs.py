@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call, Edit
 from .change import Change
+from .copies import holds_tensors
 from .internals import version_of
 from .observers import Observation
 from .replica import Replica
@@ -239,6 +240,7 @@ def alike(
         for place, first in ran[0].changes.items()
         if all(place in r.changes and _same_form(first, r.changes[place]) for r in ran[1:])
     ]
+    check_left(ran[0].changes)
     for place in places:
         _check_same_values(place, [mine.changes[place].value for mine in ran])
     rows = {
@@ -408,6 +410,26 @@ def written_to(inputs: list[Tensor], before: list[int], wholes: list[Tensor]) ->
     return found
 
 
+def check_left(changes: Mapping[Place, Change]) -> None:
+    """Checks that what a shard has left in attributes can be put together.
+
+    Raises:
+        TypeError: it is a function that holds tensors of that shard.
+    """
+    for (holder, name), change in changes.items():
+        for path, leaf in leaves_of(change.value):
+            _check_holds_none(f"{name!r} of {type(holder.of).__name__}{path}", leaf)
+
+
+def _check_holds_none(where: str, leaf: Any) -> None:
+    if callable(leaf) and not isinstance(leaf, Tensor) and holds_tensors(leaf):
+        raise TypeError(
+            f"{where} is a {type(leaf).__name__} that holds tensors of its shard, which cannot be "
+            "put together. Return the tensors, or keep them in attributes of the module, and make "
+            "the function of them outside."
+        )
+
+
 def _same_form(a: Change, b: Change) -> bool:
     mine, other = tensors_of(a.value), tensors_of(b.value)
     return len(mine) == len(other) and all(map(_alike, mine, other))
@@ -430,6 +452,7 @@ def check_alike(outputs: Sequence[Nest], where: str, joins: bool = True) -> None
         return
     first = list(leaves_of(outputs[0]))
     for path, leaf in first:
+        _check_holds_none(f"{where}{path}", leaf)
         if not isinstance(leaf, (Tensor, *ATOMS)) and not callable(leaf):
             raise TypeError(
                 f"{where}{path} is a {type(leaf).__name__}, which cannot be put together from the "

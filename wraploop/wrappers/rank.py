@@ -14,7 +14,7 @@ from torch import Tensor
 from wraploop.processes.channel import Channel, PeerError
 from wraploop.processes.packing import pack, size_of, unpack, unpack_sparse
 
-from .batch import zeros_like_rows
+from .batch import cat_rows, zeros_like_rows
 from .border import Move, weighted_mean
 from .shard import Shard, note
 
@@ -145,15 +145,15 @@ class Rank(Shard):
             if sparse[i]:
                 wholes[i] = self.sparse_sum(doing, parts[i], like[i])
             elif used[i] and i not in apart:
-                wholes[i] = self._joined(column, move)
+                wholes[i] = self._joined(column, move, like[i])
         sums = [i for i in apart if used[i] and not sparse[i] and moves[i] == "sum"]
         for i, total in self._sums({i: parts[i] for i in sums}, like):
             wholes[i] = total
         return wholes, differentiable
 
-    def _joined(self, parts: Sequence[Tensor], move: Move) -> Tensor:
+    def _joined(self, parts: Sequence[Tensor], move: Move, like: Tensor) -> Tensor:
         if move == "gather":
-            return torch.cat(list(parts))
+            return cat_rows(parts, like)
         if move == "sum":
             return _total(parts)
         return weighted_mean(parts, [count / max(1, sum(self.counts)) for count in self.counts])

@@ -27,6 +27,7 @@ from .outputs import (
     carried_moves,
     carried_parts,
     check_alike,
+    check_left,
     layout,
     move_in,
     plain_values,
@@ -160,7 +161,9 @@ class RankRunner:
         self, changes: dict[Place, Change], axes: Axes, taken: list[Tensor], rank: Rank
     ) -> dict[Place, Change]:
         """`changes`, with what has rows on every rank marked as such."""
-        loud = {place: change for place, change in changes.items() if not change.is_buffer}
+        check_left(changes)
+        total = sum(rank.counts)
+        loud = {place: change for place, change in changes.items() if not change.is_of_all(total)}
         own = [axes.said(place, change, rank.size) for place, change in loud.items()]
         pairs = list(chain.from_iterable(own))
         if not pairs:

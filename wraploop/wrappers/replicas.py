@@ -99,7 +99,7 @@ class Replicas:
     def _kept_buffers(self) -> set[int]:
         """Buffers that need no copy: batch norms' that are agreed on, where one replica is alone.
 
-        It has them with versions of its own. Of others' only a copy tells that they were written to.
+        It has them with versions of its own. Of others only a copy tells that they were written to.
         """
         are_kept = self._alone and self._sync
         norms = [m for m in self._original.modules() if are_kept and global_class(type(m))]

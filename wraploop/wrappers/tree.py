@@ -64,6 +64,7 @@ class Tree:
 
     Raises:
         ValueError: a parameter has no shape yet.
+        TypeError: a part of it is TorchScript's.
     """
 
     def __init__(self, root: nn.Module, rows: dict[Spot, int]) -> None:
@@ -77,6 +78,8 @@ class Tree:
         self._plain: list[tuple[Tensor, bool]] = []
         self.holders = holders(root)
         for module in self.holders:
+            if isinstance(module, torch.jit.ScriptModule):
+                raise TypeError(_SCRIPTED)
             own = module.__dict__
             self._contents.append(own.values())
             if isinstance(module, nn.Module):
@@ -201,3 +204,10 @@ def _check_shape(name: str, parameter: Tensor) -> None:
             f"Parameter {name!r} has no shape yet: it is a lazy module's. Call the module once "
             "with an example batch before wrapping it."
         )
+
+
+_SCRIPTED = (
+    "A part of the model is a module of TorchScript (torch.jit.script or trace): no copies of it "
+    "can be made, as shards need them. Wrap the model that it was made of; torch.compile is "
+    "followed."
+)
