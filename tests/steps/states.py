@@ -362,6 +362,14 @@ def state_kept_in_a_buffer(m, o, k):
     return outs, m.net.membrane, m.net.mean
 
 
+@step(net=InABuffer, local="mean")
+def state_kept_in_a_buffer_during_a_step(m, o, k):
+    outs = [m.net(mine(randn(10 * k + t, 7, 3))) for t in range(3)]
+    update(o.net, sum(out.square().mean() for out in outs))
+    m.net.membrane = torch.zeros(1)
+    return outs, m.net.mean
+
+
 class Memory(dict):
     """A dict of the user's own."""
 

@@ -72,7 +72,7 @@ class Change(NamedTuple):
 
     def may_have_rows(self, rows: int, total: int) -> list[list[int]]:
         """For each tensor, the axes that may have one for each of a shard's `rows`, of `total`."""
-        value, kept_shape = self.value, self._kept_shape()
+        value, kept_shape = self.value, self.kept_shape
         found = []
         for i, (leaf, known) in enumerate(zip(tensors_of(value), self.known(), strict=False)):
             axes = range(leaf.ndim) if known is None else [known]
@@ -89,9 +89,11 @@ class Change(NamedTuple):
             return True
         if not self.is_buffer or any(axis is not None for axis in self.rows):
             return False
-        return self._kept_shape() and total not in self.value.shape
+        return self.kept_shape and total not in self.value.shape
 
-    def _kept_shape(self) -> bool:
+    @property
+    def kept_shape(self) -> bool:
+        """Whether it was a tensor before, and is one of the same shape now."""
         value, before = self.value, self.before
         both = isinstance(value, Tensor) and isinstance(before, Tensor)
         return both and before.shape == value.shape

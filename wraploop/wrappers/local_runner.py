@@ -184,12 +184,21 @@ class LocalRunner:
         return replicas
 
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
-        """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place."""
+        """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place.
+
+        A buffer that is set to what has a graph, or gets its shape from the rows, is a state of
+        theirs.
+        """
         at = len(tensors_of(ran.output))
         places, values, names = [], [], []
-        for (_, name), change in ran.changes.items():
+        for (holder, name), change in ran.changes.items():
             for i, leaf in enumerate(tensors_of(change.value)):
-                is_shared = change.is_buffer or i in change.into
+                has_rows = rank.size in leaf.shape and not change.kept_shape
+                is_anew = change.is_buffer and not change.is_in_place
+                if is_anew and (leaf.requires_grad or has_rows):
+                    self._same.leave_out(holder.of, name)
+                is_own = self._same.leaves_out(holder.of, name)
+                is_shared = (change.is_buffer or i in change.into) and not is_own
                 if is_shared and not change.is_agreed and leaf.is_floating_point():
                     places.append(at)
                     names.append(name)

@@ -44,6 +44,7 @@ from .containers import (
 from .copies import Copies
 from .internals import differing, is_alias, variables_behind, version_of
 from .observers import Observation, Observer, is_observer
+from .shard import current
 from .tree import (
     EXECUTION,
     TABLES,
@@ -417,7 +418,8 @@ class Replica:
                 target = buffers_of(module).get(name, module.__dict__.get(name))
                 assert isinstance(target, Tensor)
                 if value.data_ptr() != target.data_ptr():
-                    is_uncounted = name in statistics_of(module)  # as torch's batch norm writes
+                    # As torch's batch norm writes, but where an outer replica has to see it
+                    is_uncounted = name in statistics_of(module) and current() is None
                     with torch.no_grad():
                         (target.data if is_uncounted else target).copy_(value)
             elif change.is_buffer:

@@ -26,7 +26,7 @@ from wraploop.processes.packing import pack, view_of
 
 from .containers import ATOMS
 from .internals import saved_buffers, stored
-from .tree import Tree
+from .tree import Ref, Tree
 
 _FEW = 16  # numbers of a parameter that are compared as they are
 _ROUNDING = 16  # times their last digit
@@ -49,6 +49,7 @@ class SameModel:
         self._layers = 0.0
         self._sizes: dict[str, float] = {}  # of the largest that each has been: errors stay
         self._calls = 0
+        self._left_out: set[tuple[Ref, str]] = set()
 
     @property
     def has_begun(self) -> bool:
@@ -78,7 +79,9 @@ class SameModel:
             tree: the module's.
         """
         if tree is not self._tree:
-            self._tree, self._names = tree, list(_compared(self._module))
+            self._tree = tree
+            found = _compared(self._module)
+            self._names = [each for each in found if not self.leaves_out(*each[1:])]
             self._layers = float(zlib.crc32("\n".join(_layers(self._module)).encode()))
         channel.agree("kind of layers", [self._layers], _OTHER_LAYERS, 0.0)
         if self._names:
@@ -94,6 +97,16 @@ class SameModel:
                 size = self._sizes[what] = max(mean, self._sizes.get(what, 0.0))
                 rel_tol = max(off * _last_digit(part.dtype), least)
                 channel.agree(what, facts, self._advice, rel_tol, rel_tol * size)
+
+    def leave_out(self, owner: nn.Module, name: str) -> None:
+        """Has a buffer be each rank's own: a state of its rows."""
+        if not self.leaves_out(owner, name):
+            self._left_out.add((Ref(owner), name))
+            self._tree = None
+
+    def leaves_out(self, owner: nn.Module, name: str) -> bool:
+        """Whether a buffer is each rank's own."""
+        return (Ref(owner), name) in self._left_out
 
     def end(self) -> None:
         """Ends a turn that all ranks have taken: others' turns would never again be alike."""
