@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .batch import Nest, leaves_of
 from .call import Call, Edit
-from .outputs import ATOMS, PUT, Ran
+from .forms import ATOMS
+from .outputs import PUT, Ran
 from .tree import Place, Ref, buffers_of
 
 

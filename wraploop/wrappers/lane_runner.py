@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .axes import Axes
 from .batch import Nest, is_shared, shared, split
 from .border import Move
 from .call import Call
@@ -20,7 +21,7 @@ from .internals import depends_on, version_of
 from .lanes import LaneGroup, Lanes
 from .noise import Noise
 from .observers import Keepsakes
-from .outputs import Axes, Ran, alike, carried_moves, carried_parts, move_in, written_to
+from .outputs import Ran, alike, carried_moves, carried_parts, move_in, written_to
 from .probe import Expected, Probe, explained
 from .replica import Replica
 from .replicas import Replicas, alias

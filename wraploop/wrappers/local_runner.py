@@ -23,12 +23,13 @@ from torch import Tensor, nn
 from wraploop.processes.channel import Channel
 
 from .at_step import AtStep, ReduceAt
+from .axes import signature
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
 from .border import Move
 from .call import Call
 from .internals import compiling
 from .noise import RandomFingerprint
-from .outputs import Ran, signature
+from .outputs import Ran
 from .rank import Rank
 from .ranks import BOUNDARY, depending, parameters_in
 from .recent import keep

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import functools
-import math
-import operator
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Container, Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from wraploop.processes.channel import fingerprint
-
+from .axes import Axes, axes_agreed, signature
 from .batch import Nest, is_shared, leaves_of, tensors_of, with_tensors
 from .border import Move
 from .call import Call, Edit
 from .change import Change
-from .copies import holds_tensors
+from .forms import check_alike, check_left, check_same_values, same_form
 from .internals import version_of
 from .observers import Observation
 from .replica import Replica
 from .tree import Place, Spot, Tree
 
 PUT = "what the forward puts into its arguments"
-ATOMS = (bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device, type(None))
 
 
 def move_in(tensor: Tensor) -> Move:
@@ -238,11 +233,11 @@ def alike(
     places = [
         place
         for place, first in ran[0].changes.items()
-        if all(place in r.changes and _same_form(first, r.changes[place]) for r in ran[1:])
+        if all(place in r.changes and same_form(first, r.changes[place]) for r in ran[1:])
     ]
     check_left(ran[0].changes)
     for place in places:
-        _check_same_values(place, [mine.changes[place].value for mine in ran])
+        check_same_values(place, [mine.changes[place].value for mine in ran])
     rows = {
         place: axes_agreed(
             [axes.said(place, r.changes[place], n) for r, n in zip(ran, sizes, strict=True)], seen
@@ -268,125 +263,6 @@ def alike(
     ]
 
 
-class Axes:
-    """Along which axis the tensors that forwards leave have a row for each row of the batch.
-
-    What the whole batch leaves says so, in the calls that are made on it too; else a tensor with as
-    many as the shard has rows is taken for one, if shards leave different ones.
-
-    Args:
-        total: how many rows the batch has.
-        learned: by place, those of each tensor left there, or None; added to.
-    """
-
-    def __init__(self, total: int, learned: dict[Place, list[int | None]]) -> None:
-        self._total = total
-        self._learned = learned
-
-    def learn(self, wholes: dict[Place, Nest], changes: dict[Place, Change], rows: int) -> None:
-        """Compares what the whole batch leaves with what a shard of `rows` rows does."""
-        for place in (wholes.keys() & changes.keys()) if 0 < rows < self._total else ():
-            tensors, expected = tensors_of(changes[place].value), tensors_of(wholes[place])
-            if len(tensors) == len(expected):
-                pairs = zip(tensors, expected, strict=True)
-                self._learned[place] = [self._axis(mine, whole, rows) for mine, whole in pairs]
-
-    def _axis(self, mine: Tensor, whole: Tensor, rows: int) -> int | None:
-        for axis in range(mine.ndim):
-            shape = [*mine.shape]
-            shape[axis] = self._total
-            if mine.shape[axis] == rows and whole.shape == tuple(shape):
-                return axis
-        return None
-
-    def said(self, place: Place, change: Change, rows: int) -> list[tuple[int, float]]:
-        """For each tensor that a shard leaves, its axes that may count rows, as bits, and a number.
-
-        The number is the same in shards that leave the same.
-        """
-        learned, found = self._learned.get(place), []
-        tensors = tensors_of(change.value)
-        learned = learned if learned and len(learned) == len(tensors) else None
-        for i, axes in enumerate(change.may_have_rows(rows, self._total)):
-            number = math.nan
-            if learned:
-                axes = [axis for axis in axes if axis == learned[i]]
-            elif axes:
-                number = fingerprint(tensors[i]) if axes[0] else signature(tensors[i])
-            found.append((sum(1 << axis for axis in axes), number))
-        return found
-
-
-def axes_agreed(
-    said: Sequence[Sequence[tuple[int, float]]], inputs: Sequence[Sequence[float]]
-) -> tuple[int | None, ...]:
-    """Along which axis each tensor that all shards leave counts rows, if it does.
-
-    Args:
-        said: each shard's, see `Axes`.
-        inputs: each shard's `signature`s of its inputs.
-    """
-    found: list[int | None] = []
-    for shards in zip(*said, strict=True):
-        common = functools.reduce(operator.and_, (bits for bits, _ in shards))
-        has_rows = common and depend_on_rows([number for _, number in shards], inputs)
-        found.append((common & -common).bit_length() - 1 if has_rows else None)
-    return tuple(found)
-
-
-def signature(tensor: Tensor) -> float:
-    """A number that tensors share if they are the same; NaN, shared with none, if all rows are."""
-    return math.nan if _has_like_rows(tensor) else fingerprint(tensor)
-
-
-def _has_like_rows(tensor: Tensor) -> bool:
-    if tensor.ndim == 0 or len(tensor) == 0:
-        return False
-    tensor = tensor.detach()
-    return torch.equal(tensor[0], tensor[-1]) and bool(tensor.eq(tensor[:1]).all())
-
-
-def depend_on_rows(signatures: Sequence[float], inputs: Sequence[Sequence[float]]) -> bool:
-    """Whether what shards have set an attribute to differs with their rows.
-
-    A table or a mask that has as many rows as the shards by chance is the same in all of them.
-
-    Args:
-        signatures: each shard's, of the attribute.
-        inputs: each shard's, of its inputs.
-    """
-    differs = any(value != signatures[0] for value in signatures)
-    return differs or all(mine == inputs[0] for mine in inputs)
-
-
-def plain_values(nest: Nest) -> list[Any]:
-    """The numbers, strings and the like in `nest`."""
-    return [leaf for _, leaf in leaves_of(nest) if isinstance(leaf, ATOMS)]
-
-
-def layout(nest: Nest) -> list[str]:
-    """Where the tensors in `nest` stand, and what else there is; nothing if it is a tensor."""
-    if isinstance(nest, Tensor):
-        return []
-    return [
-        f"{path} {leaf!r}".strip() if isinstance(leaf, ATOMS) else path
-        for path, leaf in leaves_of(nest)
-    ]
-
-
-def _check_same_values(place: Place, values: list[Any]) -> None:
-    """Checks that what all shards have set an attribute to is the same, but for tensors."""
-    holder, name = place
-    kept = [plain_values(value) for value in values]
-    for other in kept[1:]:
-        if other != kept[0]:
-            raise ValueError(
-                f"The forward sets {name!r} of {type(holder.of).__name__} to {values[0]!r} in one "
-                f"shard and {values[kept.index(other)]!r} in another. Keep what depends on "
-                "the rows as a tensor, with one row for each row of the batch or 0-dimensional."
-            )
-
-
 def written_to(inputs: list[Tensor], before: list[int], wholes: list[Tensor]) -> dict[int, Tensor]:
     """Which of a shard's `inputs` its forward has written to in place.
 
@@ -408,84 +284,3 @@ def written_to(inputs: list[Tensor], before: list[int], wholes: list[Tensor]) ->
                 )
             found[i] = part
     return found
-
-
-def check_left(changes: Mapping[Place, Change]) -> None:
-    """Checks that what a shard has left in attributes can be put together.
-
-    Raises:
-        TypeError: it is a function that holds tensors of that shard.
-    """
-    for (holder, name), change in changes.items():
-        for path, leaf in leaves_of(change.value):
-            _check_holds_none(f"{name!r} of {type(holder.of).__name__}{path}", leaf)
-
-
-def _check_holds_none(where: str, leaf: Any) -> None:
-    if callable(leaf) and not isinstance(leaf, Tensor) and holds_tensors(leaf):
-        raise TypeError(
-            f"{where} is a {type(leaf).__name__} that holds tensors of its shard, which cannot be "
-            "put together. Return the tensors, or keep them in attributes of the module, and make "
-            "the function of them outside."
-        )
-
-
-def _same_form(a: Change, b: Change) -> bool:
-    mine, other = tensors_of(a.value), tensors_of(b.value)
-    return len(mine) == len(other) and all(map(_alike, mine, other))
-
-
-def check_alike(outputs: Sequence[Nest], where: str, joins: bool = True) -> None:
-    """Checks that all shards have returned the same nest, but for the tensors' values.
-
-    Args:
-        outputs: the shards'.
-        where: what to call them in an error.
-        joins: whether tensors are to be joined along the first axis, and differ in no other.
-
-    Raises:
-        TypeError: something that is neither tensor nor plain value is in it.
-        ValueError: the shards' nests differ.
-    """
-    one = outputs[0]
-    if all(type(o) is Tensor and _alike(o, one, joins) for o in outputs):
-        return
-    first = list(leaves_of(outputs[0]))
-    for path, leaf in first:
-        _check_holds_none(f"{where}{path}", leaf)
-        if not isinstance(leaf, (Tensor, *ATOMS)) and not callable(leaf):
-            raise TypeError(
-                f"{where}{path} is a {type(leaf).__name__}, which cannot be put together from the "
-                "shards' parts. Return tensors, in tuples, lists, dicts, named tuples, "
-                "dataclasses or attributes of objects."
-            )
-    for output in outputs[1:]:
-        others = list(leaves_of(output))
-        for (path, mine), (other_path, other) in zip(first, others, strict=False):
-            if path != other_path or not _alike(mine, other, joins):
-                one, another = _describe(mine), _describe(other)
-                if one == another:
-                    another += ", another object, which may hold what it does not show"
-                raise ValueError(
-                    f"{where} differs between shards: {path or 'it'} is {one} in one, "
-                    f"{other_path or 'it'} is {another} in another. Return values that "
-                    "depend on the rows as tensors with one row for each row of the batch."
-                )
-        if len(first) != len(others):
-            raise ValueError(
-                f"{where} has {len(first)} parts in one shard, {len(others)} in another."
-            )
-
-
-def _alike(mine: Any, other: Any, joins: bool = False) -> bool:
-    if isinstance(mine, Tensor) or isinstance(other, Tensor):
-        if type(mine) is not type(other) or mine.ndim != other.ndim or mine.dtype != other.dtype:
-            return False
-        return not joins or mine.is_nested or mine.shape[1:] == other.shape[1:]  # nested: refused
-    return bool(mine is other or mine == other)
-
-
-def _describe(leaf: Any) -> str:
-    if isinstance(leaf, Tensor):
-        return f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}"
-    return repr(leaf)

@@ -12,28 +12,16 @@ from wraploop.processes.channel import Channel, fingerprint
 from wraploop.processes.packing import pack, unpack
 
 from .at_step import AtStep, ReduceAt
+from .axes import Axes, axes_agreed, signature
 from .batch import Nest, leaves_of, shared, split
 from .border import Move
 from .call import Call
 from .change import Change
+from .forms import check_alike, check_left, layout, plain_values
 from .internals import compiling, depends_on, version_of
 from .noise import move_on, own_noise
 from .observers import Keepsakes, Observation
-from .outputs import (
-    PUT,
-    Axes,
-    Ran,
-    axes_agreed,
-    carried_moves,
-    carried_parts,
-    check_alike,
-    check_left,
-    layout,
-    move_in,
-    plain_values,
-    signature,
-    written_to,
-)
+from .outputs import PUT, Ran, carried_moves, carried_parts, move_in, written_to
 from .probe import Probe, explained
 from .rank import Rank
 from .ranks import ALL_PASS_ALL, BOUNDARY, come_out, go_in, parameters_in
