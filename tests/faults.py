@@ -269,6 +269,18 @@ def main() -> None:
 
     twins = [DistributedModel(nn.Linear(3, 1), batch="local", timeout_s=3) for _ in range(2)]
 
+    def call_in_a_fork() -> None:
+        out, end = os.pipe()
+        if child := os.fork():
+            os.waitpid(child, 0)
+            raise ChildProcessError(os.read(out, 10_000).decode())
+        try:
+            local(x)
+        except Exception as error:
+            os.write(end, str(error).encode())
+        finally:
+            os._exit(0)
+
     faults: dict[str, Callable[[], Any]] = {
         "another batch": lambda: model(x + RANK),
         "another flag": flag_one,
@@ -287,6 +299,7 @@ def main() -> None:
         "another attribute": lambda: keeping(x),
         "another name": name_one,
         "another order of inputs": pass_in_another_order,
+        "a fork": call_in_a_fork,
         "a sparse output": lambda: sparse(x),
         "the same rows": lambda: local(x),
         "the same noise": draw_the_same,

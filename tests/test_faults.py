@@ -29,6 +29,7 @@ EXPECTED = {
     "another order of inputs": ("PeerError .*'abs'.*'tanh'.*'tanh'.*'abs'",) * 2,
     "another sum": (r"PeerError .*add numbers up \(whether 0 has.*\(whether 1 has",) * 2,
     "another value returned": (r"PeerError .*returned .*'\[1\] 3'.*returned .*'\[1\] 2'",) * 2,
+    "a fork": ("ChildProcessError This process, a DataLoader's worker say, was forked",) * 2,
     "a sparse output": ("TypeError The output of 'forward' is stored as torch.sparse_coo",) * 2,
     "the same rows": ("ValueError Every process has passed the same 6 rows.*shard",) * 2,
     "the same noise": ("ValueError Every process has drawn the same random numbers",) * 2,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 import struct
 import time
 import weakref
@@ -65,6 +66,7 @@ class Channel:
     """
 
     def __init__(self, group: Any = None, timeout_s: float | None = None, model: int = 0) -> None:
+        self._pid = os.getpid()
         self._collectives = Collectives(group)
         self.rank = self._collectives.rank
         self.world_size = self._collectives.world_size
@@ -154,8 +156,8 @@ class Channel:
             Whether they have heard it.
         """
         self._facts = []
-        if self._of not in _wires:
-            return False  # they have not exchanged anything yet
+        if self._of not in _wires or os.getpid() != self._pid:
+            return False  # they have not exchanged anything yet, or this is not one of them
         text = f"{type(error).__name__}: {error}"[:_MOST_SHOWN]
         frame = Frame(text, [], failed=True).packed()
         try:
@@ -201,7 +203,10 @@ class Channel:
 
         Raises:
             PeerError: they have not come, or have ended.
+            RuntimeError: this is none of them.
         """
+        if os.getpid() != self._pid:
+            raise RuntimeError(_FORKED)
         watching, begun_s = self._watch, time.monotonic()
         if watching:
             watching.is_waiting = True
@@ -281,6 +286,13 @@ class Frame(NamedTuple):
         text = bytes(message[_HEAD.size : end]).decode(errors="replace")
         values = struct.unpack_from(f"<{facts}d", message, end)
         return cls(text, list(values), bool(failed))
+
+
+_FORKED = (
+    "This process, a DataLoader's worker say, was forked from one of those that run the model "
+    "together, and is none of them: the others would take what it says for its parent's. Call "
+    "the model, and what asks other processes, where it was made."
+)
 
 
 @functools.lru_cache(maxsize=1024)
