@@ -37,11 +37,13 @@ def _distributed(module: nn.Module, methods: tuple[str, ...]) -> nn.Module:
     return DistributedModel(module, methods=methods, timeout_s=WAIT_S)
 
 
-def _local(reduction: str) -> Wrap:
+def _local(reduction: str, threads: int = 1) -> Wrap:
     def wrap(module: nn.Module, methods: tuple[str, ...]) -> nn.Module:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         registry.OWN[:] = rank, world_size
         options = {"batch": "local", "reduction": reduction, "timeout_s": WAIT_S}
+        if threads > 1:
+            module = ThreadedCPUParallel(module, threads, methods=methods)
         return DistributedModel(module, methods=methods, **options)  # pyright: ignore
 
     return wrap
@@ -61,7 +63,7 @@ LOCAL: dict[str, tuple[int, Wrap]] = {
     f"{reduction}-local-{n}": (n, _local(reduction))
     for reduction in ("mean", "sum")
     for n in (2, 3, 4)
-}
+} | {f"{reduction}-local-2x2": (2, _local(reduction, threads=2)) for reduction in ("mean", "sum")}
 
 
 # In the process that starts them

@@ -571,3 +571,30 @@ def values_set_after_wrapping_and_called_first_without_gradient(m, o, k):
     with torch.no_grad():
         fake = m.g(latents(k))
     update(o.d, F.softplus(m.d(fake)).mean() + F.softplus(-m.d(real(k))).mean())
+
+
+class Remembering(nn.Module):
+    """Each call goes on from the state of its rows that the one before has left."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(3, 2)
+        self.state: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.state = self.cell(x, self.state)
+        return self.state
+
+
+@mean(net=Remembering)
+def own_rows_and_a_state_of_theirs(m, o, k):
+    m.net.state = None
+    (x, y), (later, _) = batch(k), batch(k)
+    update(o.net, F.mse_loss(m.net(x), y) + F.mse_loss(m.net(later + 1), y))
+
+
+@mean(net=Remembering)
+def own_rows_and_a_state_of_theirs_detached(m, o, k):
+    x, y = batch(k, 8)
+    update(o.net, F.mse_loss(m.net(x), y))
+    m.net.state = m.net.state.detach()

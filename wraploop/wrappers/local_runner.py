@@ -36,7 +36,7 @@ from .recent import keep
 from .replicas import Replicas
 from .same_model import SameModel
 from .shard import running
-from .tree import Spot, Tree, current_tree
+from .tree import Ref, Spot, Tree, current_tree, mark_rows, rows_axis, tensors_on
 
 _MOST_SPLITS = 4
 _TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
@@ -121,6 +121,10 @@ class LocalRunner:
 
     def _run(self, call: Call, rank: Rank, meets: bool, tree: Tree) -> Nest:
         _, (replica,) = self._replicas_for(rank, meets).get([None], tree)
+        for holder in tree.holders if self._rows else []:  # for a wrapper inside
+            for name, path, tensor in tensors_on(holder):
+                if (axis := self._rows.get((Ref(holder), name, path))) is not None:
+                    mark_rows(tensor, axis)
         with running(rank if meets else None), compiling(tree.is_compiled):
             inputs = [_some_rows(x) for x in call.inputs]
             output, edits = call.on_shard(replica.module, inputs)
@@ -131,6 +135,7 @@ class LocalRunner:
         wholes: list[Tensor | None] = [*depending(tensors, [*replica.tokens])]
         if rank.rows == 0:
             wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
+        _keep_marks(tensors, wholes)
         self._average_buffers(rank, ran, wholes)
         output, _ = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
@@ -226,6 +231,14 @@ def _some_rows(tensor: Tensor) -> Tensor:
     if is_shared(tensor) or tensor.size(0):
         return tensor
     return torch.cat([tensor, zeros_like_rows(tensor, 1)])
+
+
+def _keep_marks(tensors: list[Tensor], wholes: list[Tensor | None]) -> None:
+    """Has what stands for `tensors` be marked as these are, by a wrapper inside."""
+    for tensor, whole in zip(tensors, wholes, strict=True):
+        axis = rows_axis(tensor)
+        if axis is not None and whole is not None:
+            mark_rows(whole, axis)
 
 
 def _fingerprint_of_batch(inputs: list[Tensor]) -> float:
