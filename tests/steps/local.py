@@ -598,3 +598,21 @@ def own_rows_and_a_state_of_theirs_detached(m, o, k):
     x, y = batch(k, 8)
     update(o.net, F.mse_loss(m.net(x), y))
     m.net.state = m.net.state.detach()
+
+
+class Overwriting(Remembering):
+    """Writes its state in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.cell(x, None if self.state is None else self.state.clone())
+        if self.state is None:
+            self.state = out.detach().clone()
+        else:
+            self.state.copy_(out.detach())
+        return out
+
+
+@mean(net=Overwriting, steps=4)
+def own_rows_and_a_state_written_in_place(m, o, k):
+    x, y = batch(k, 8)
+    update(o.net, F.mse_loss(m.net(x), y))

@@ -200,7 +200,7 @@ class LocalRunner:
         for (holder, name), change in ran.changes.items():
             for i, leaf in enumerate(tensors_of(change.value)):
                 has_rows = rank.size in leaf.shape and not change.kept_shape
-                is_anew = change.is_buffer and not change.is_in_place
+                is_anew = not change.is_in_place and i not in change.into
                 if is_anew and (leaf.requires_grad or has_rows):
                     self._same.leave_out(holder.of, name)
                 is_own = self._same.leaves_out(holder.of, name)
