@@ -265,6 +265,8 @@ def _of_the_module(name: str) -> Callable[..., Any]:
 for _name in (
     *("get_submodule", "get_parameter", "get_buffer"),
     *("add_module", "register_module", "register_parameter", "register_buffer"),
+    *("register_state_dict_pre_hook", "register_state_dict_post_hook"),
+    *("register_load_state_dict_pre_hook", "register_load_state_dict_post_hook"),
     *("__len__", "__iter__", "__contains__", "__getitem__", "__setitem__", "__delitem__"),
 ):
     setattr(ModelWrapper, _name, _of_the_module(_name))
