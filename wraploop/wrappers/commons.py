@@ -7,7 +7,7 @@ those changes it once for each shard, with what that shard has.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +19,7 @@ from .objects import attributes_of
 from .tree import is_users, own_values
 
 _MOST = 20_000  # things that are looked at before giving up
+_KINDS = (OrderedDict, dict, list, tuple, set, frozenset, deque)
 
 
 class Commons:
@@ -71,10 +72,10 @@ class NotFollowed(NotImplementedError):
 def _parts(value: Any) -> list[Any]:
     """What `value` holds, if it is a container or an object of the user's."""
     found: list[Any] = []
-    if isinstance(value, dict):
-        found += [*value.keys(), *value.values()]
-    elif isinstance(value, (list, tuple, set, frozenset, deque)):
-        found += iter(value)
+    kind = next((kind for kind in _KINDS if issubclass(type(value), kind)), None)
+    if kind is not None:  # asked itself, since a class of the user's may show something else
+        found += kind.__iter__(value)
+        found += kind.values(value) if issubclass(kind, dict) else ()
     return [*found, *attributes_of(value).values()] if is_users(value) else found
 
 
