@@ -362,6 +362,26 @@ def state_kept_in_a_buffer(m, o, k):
     return outs, m.net.membrane, m.net.mean
 
 
+class RowsOfTheShapeBefore(nn.Module):
+    """A value for each row in a buffer, which had as many as a shard has."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x):
+        self.last = x.detach().mean(1)
+        return self.layer(x)
+
+
+@step(net=RowsOfTheShapeBefore)
+def rows_in_a_buffer_of_a_shards_size(m, o, k):
+    out = m.net(randn(k, 7 + k, 4))
+    update(o.net, out.square().mean())
+    return out, m.net.last
+
+
 @step(net=InABuffer, local="mean")
 def state_kept_in_a_buffer_during_a_step(m, o, k):
     outs = [m.net(mine(randn(10 * k + t, 7, 3))) for t in range(3)]

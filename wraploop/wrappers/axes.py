@@ -48,6 +48,19 @@ class Axes:
                 return axis
         return None
 
+    def is_of_all(self, place: Place, change: Change) -> bool:
+        """Whether a change says that it has no rows, and the whole batch has not denied it."""
+        has_rows = any(axis is not None for axis in self._learned.get(place, ()))
+        return change.is_of_all(self._total) and not has_rows
+
+    def _fitting(
+        self, axis: int | None, leaf: Tensor, known: tuple[int | None, ...], rows: int
+    ) -> list[int]:
+        """The axis that the whole batch has said, if it counts the rows here and none is known."""
+        if axis is None or leaf.shape[axis : axis + 1] != (rows,):
+            return []
+        return [axis] if all(each in (None, axis) for each in known) else []
+
     def said(self, place: Place, change: Change, rows: int) -> list[tuple[int, float]]:
         """For each tensor that a shard leaves, its axes that may count rows, as bits, and a number.
 
@@ -59,7 +72,7 @@ class Axes:
         for i, axes in enumerate(change.may_have_rows(rows, self._total)):
             number = math.nan
             if learned:
-                axes = [axis for axis in axes if axis == learned[i]]
+                axes = self._fitting(learned[i], tensors[i], change.rows[i : i + 1], rows)
             elif axes:
                 number = fingerprint(tensors[i]) if axes[0] else signature(tensors[i])
             found.append((sum(1 << axis for axis in axes), number))

@@ -150,8 +150,7 @@ class RankRunner:
     ) -> dict[Place, Change]:
         """`changes`, with what has rows on every rank marked as such."""
         check_left(changes)
-        total = sum(rank.counts)
-        loud = {place: change for place, change in changes.items() if not change.is_of_all(total)}
+        loud = {place: c for place, c in changes.items() if not axes.is_of_all(place, c)}
         own = [axes.said(place, change, rank.size) for place, change in loud.items()]
         pairs = list(chain.from_iterable(own))
         if not pairs:
