@@ -582,8 +582,8 @@ class Remembering(nn.Module):
         self.state: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        self.state = self.cell(x, self.state)
-        return self.state
+        h = self.state = self.cell(x, self.state)
+        return h
 
 
 @mean(net=Remembering)

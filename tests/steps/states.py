@@ -382,6 +382,26 @@ def rows_in_a_buffer_of_a_shards_size(m, o, k):
     return out, m.net.last
 
 
+class MeanOfItsOwnShape(nn.Module):
+    """A mean that gets its shape in the first call, of as many features as a rank has rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x):
+        self.mean = x.detach().mean(0)
+        return self.layer(x)
+
+
+@step(net=MeanOfItsOwnShape, local="mean")
+def statistic_that_gets_its_shape(m, o, k):
+    out = m.net(mine(randn(k, 7, 4)))
+    update(o.net, out.square().mean())
+    return out, m.net.mean
+
+
 @step(net=InABuffer, local="mean")
 def state_kept_in_a_buffer_during_a_step(m, o, k):
     outs = [m.net(mine(randn(10 * k + t, 7, 3))) for t in range(3)]

@@ -14,13 +14,15 @@ import math
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import reduce
 from itertools import chain
+from operator import and_, or_
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from wraploop.processes.channel import Channel
+from wraploop.processes.channel import Channel, fingerprint
 
 from .at_step import AtStep, ReduceAt
 from .axes import signature
@@ -41,6 +43,8 @@ from .tree import Ref, Spot, Tree, current_tree, mark_rows, rows_axis, tensors_o
 _MOST_SPLITS = 4
 _TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
 _FEW_NUMBERS, _FEW_INDICES = 4, 64  # of which two processes may have the same by chance
+_GRAPH, _ROWS, _OTHER_SHAPE, _FEATURES = 1, 2, 4, 8  # what is so of a buffer that is set
+_SET = struct.Struct("<Bd")  # that, and a number that equal values share
 
 Reduction = Literal["mean", "sum"]
 
@@ -136,6 +140,7 @@ class LocalRunner:
         if rank.rows == 0:
             wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
         _keep_marks(tensors, wholes)
+        self._leave_states_out(rank, ran, call, tree, meets)
         self._average_buffers(rank, ran, wholes)
         output, _ = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
@@ -189,21 +194,57 @@ class LocalRunner:
         keep(self._replicas, key, replicas, _MOST_SPLITS)
         return replicas
 
-    def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
-        """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place.
+    def _leave_states_out(self, rank: Rank, ran: Ran, call: Call, tree: Tree, meets: bool) -> None:
+        """Has buffers that hold a state of a rank's own rows be each rank's own.
 
-        A buffer that is set to what has a graph, or gets its shape from the rows, is a state of
-        theirs.
+        One that is set to what has a graph is that, and one that gets its shape from the rows: on
+        all ranks, since on some a statistic may have as many numbers as there are rows.
+
+        Raises:
+            ValueError: all ranks have as many rows as there are features.
         """
+        for (holder, name), change in ran.changes.items():  # later they may be written to in place
+            if change.is_buffer or self._same.leaves_out(holder.of, name):
+                continue
+            anew = [x for i, x in enumerate(tensors_of(change.value)) if i not in change.into]
+            if any(rank.size in x.shape for x in anew) and rank.size not in _features(call, tree):
+                self._same.leave_out(holder.of, name)
+        found = [
+            (holder.of, name, change.value, change.kept_shape)
+            for (holder, name), change in ran.changes.items()
+            if change.is_buffer and not change.is_in_place and isinstance(change.value, Tensor)
+            if change.value.is_floating_point() and not self._same.leaves_out(holder.of, name)
+        ]
+        if not found:
+            return
+        own, sizes = b"", _features(call, tree)
+        for _, _, value, kept_shape in found:
+            bits = _GRAPH * value.requires_grad | _ROWS * (rank.size in value.shape)
+            bits |= _OTHER_SHAPE * (not kept_shape) | _FEATURES * (rank.size in sizes)
+            own += _SET.pack(bits, fingerprint(value))
+        names = [name for _, name, *_ in found]
+        doing = f"look at the buffers {names} of {rank.name}"
+        said = rank.channel.gather(doing, own) if meets else [own]
+        columns = zip(*map(_SET.iter_unpack, said), strict=True)
+        for (owner, name, *_), column in zip(found, columns, strict=True):
+            bits, values = zip(*column, strict=True)
+            some, every = reduce(or_, bits), reduce(and_, bits)
+            has_rows = every & _ROWS and some & _OTHER_SHAPE
+            if meets and len({*values}) == 1:  # a table
+                has_rows = 0
+            is_clear = not meets or not some & _FEATURES or len({*rank.counts}) > 1
+            if has_rows and not (is_clear or some & _GRAPH):
+                raise ValueError(_UNCLEAR.format(name, type(owner).__name__, rank.rows))
+            if has_rows or some & _GRAPH:
+                self._same.leave_out(owner, name)
+
+    def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
+        """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place."""
         at = len(tensors_of(ran.output))
         places, values, names = [], [], []
         for (holder, name), change in ran.changes.items():
+            is_own = self._same.leaves_out(holder.of, name)
             for i, leaf in enumerate(tensors_of(change.value)):
-                has_rows = rank.size in leaf.shape and not change.kept_shape
-                is_anew = not change.is_in_place and i not in change.into
-                if is_anew and (leaf.requires_grad or has_rows):
-                    self._same.leave_out(holder.of, name)
-                is_own = self._same.leaves_out(holder.of, name)
                 is_shared = (change.is_buffer or i in change.into) and not is_own
                 if is_shared and not change.is_agreed and leaf.is_floating_point():
                     places.append(at)
@@ -233,6 +274,12 @@ def _some_rows(tensor: Tensor) -> Tensor:
     return torch.cat([tensor, zeros_like_rows(tensor, 1)])
 
 
+def _features(call: Call, tree: Tree) -> set[int]:
+    """How many numbers the axes of inputs, but for their rows, and of parameters have."""
+    sizes = {size for tensor in call.inputs for size in tensor.shape[1:]}
+    return sizes.union(*(parameter.shape for parameter in tree.parameters))
+
+
 def _keep_marks(tensors: list[Tensor], wholes: list[Tensor | None]) -> None:
     """Has what stands for `tensors` be marked as these are, by a wrapper inside."""
     for tensor, whole in zip(tensors, wholes, strict=True):
@@ -256,6 +303,13 @@ _DIVERGED = (
     "otherwise: by a gradient that was not brought together (of a use through `wrapper.module`, or "
     "in the loss), or as a process's own loss had it (a scheduler, a line search, `.grad` read "
     "before the step with reduce_at='step')."
+)
+
+_UNCLEAR = (
+    "The forward gives the buffer {!r} of {} a shape in which {} is both the number of rows that "
+    "every process has and a number of features, so that it may be a state of those rows or a "
+    "statistic of the whole batch. Give a statistic its shape before the first call, and keep a "
+    "state in an attribute that is no buffer."
 )
 
 _SAME_BATCH = (
