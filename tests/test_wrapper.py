@@ -247,13 +247,13 @@ def test_a_lazy_module_is_refused_until_it_has_shapes(wrap_in_lanes):
 class Shown(dict):
     """A config that shows nested ones as its own class, made anew each time."""
 
-    def values(self):
+    def values(self) -> Any:
         return [Shown(value) if isinstance(value, dict) else value for value in super().values()]
 
 
 def test_a_container_that_makes_what_it_shows_is_not_taken_for_changed(wrap_in_lanes):
     module = nn.Linear(3, 3)
-    module.config = Shown(inner={"a": 1})
+    vars(module)["config"] = Shown(inner={"a": 1})
     assert wrap_in_lanes(module)(torch.randn(4, 3)).shape == (4, 3)
 
 

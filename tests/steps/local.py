@@ -614,5 +614,5 @@ class Overwriting(Remembering):
 
 @mean(net=Overwriting, steps=4)
 def own_rows_and_a_state_written_in_place(m, o, k):
-    x, y = batch(k, 8)
+    x, y = batch(k, 28)
     update(o.net, F.mse_loss(m.net(x), y))

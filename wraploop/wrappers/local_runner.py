@@ -29,6 +29,7 @@ from .axes import signature
 from .batch import Nest, is_shared, tensors_of, zeros_like_rows
 from .border import Move
 from .call import Call
+from .change import Change
 from .internals import compiling
 from .noise import RandomFingerprint
 from .outputs import Ran
@@ -38,7 +39,7 @@ from .recent import keep
 from .replicas import Replicas
 from .same_model import SameModel
 from .shard import running
-from .tree import Ref, Spot, Tree, current_tree, mark_rows, rows_axis, tensors_on
+from .tree import Place, Ref, Spot, Tree, current_tree, mark_rows, rows_axis, tensors_on
 
 _MOST_SPLITS = 4
 _TOLD = struct.Struct("<Qddd")  # rows, fingerprints of the batch and of the random state, drew?
@@ -84,6 +85,7 @@ class LocalRunner:
         self._random = RandomFingerprint()
         self._same = SameModel(module, _DIVERGED)
         self._rows: dict[Spot, int] = {}
+        self._unclear: set[Place] = set()  # attributes that may be states, or statistics
         self._tree: Tree | None = None
         self._has_buffers = False
 
@@ -203,12 +205,9 @@ class LocalRunner:
         Raises:
             ValueError: all ranks have as many rows as there are features.
         """
-        for (holder, name), change in ran.changes.items():  # later they may be written to in place
-            if change.is_buffer or self._same.leaves_out(holder.of, name):
-                continue
-            anew = [x for i, x in enumerate(tensors_of(change.value)) if i not in change.into]
-            if any(rank.size in x.shape for x in anew) and rank.size not in _features(call, tree):
-                self._same.leave_out(holder.of, name)
+        for place, change in ran.changes.items():
+            if not change.is_buffer:
+                self._leave_attribute_out(place, change, rank.size, call, tree)
         found = [
             (holder.of, name, change.value, change.kept_shape)
             for (holder, name), change in ran.changes.items()
@@ -234,9 +233,27 @@ class LocalRunner:
                 has_rows = 0
             is_clear = not meets or not some & _FEATURES or len({*rank.counts}) > 1
             if has_rows and not (is_clear or some & _GRAPH):
-                raise ValueError(_UNCLEAR.format(name, type(owner).__name__, rank.rows))
+                where = f"the buffer {name!r} of {type(owner).__name__}"
+                raise ValueError(_UNCLEAR.format(where, rank.rows, _NO_BUFFER))
             if has_rows or some & _GRAPH:
                 self._same.leave_out(owner, name)
+
+    def _leave_attribute_out(
+        self, place: Place, change: Change, rows: int, call: Call, tree: Tree
+    ) -> None:
+        """The same for an attribute: a later call may write to it in place."""
+        owner, name = place[0].of, place[1]
+        for i, leaf in enumerate(tensors_of(change.value)):
+            if self._same.leaves_out(owner, name):
+                return
+            if i in change.into and place in self._unclear:
+                where = f"{name!r} of {type(owner).__name__}"
+                raise ValueError(_UNCLEAR.format(where, rows, _SET_ANEW))
+            if i not in change.into and rows in leaf.shape:
+                if rows in _features(call, tree):
+                    self._unclear.add(place)
+                else:
+                    self._same.leave_out(owner, name)
 
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
         """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place."""
@@ -306,11 +323,12 @@ _DIVERGED = (
 )
 
 _UNCLEAR = (
-    "The forward gives the buffer {!r} of {} a shape in which {} is both the number of rows that "
-    "every process has and a number of features, so that it may be a state of those rows or a "
-    "statistic of the whole batch. Give a statistic its shape before the first call, and keep a "
-    "state in an attribute that is no buffer."
+    "The forward gives {} a shape in which {} is both the number of rows and a number of features, "
+    "so that it may be a state of those rows or a statistic of the whole batch. Give a statistic "
+    "its shape before the first call, and {}."
 )
+_NO_BUFFER = "keep a state in an attribute that is no buffer"
+_SET_ANEW = "set a state anew, rather than write to it"
 
 _SAME_BATCH = (
     "Every process has passed the same {} rows to {}. With batch='local' each passes rows of its "
