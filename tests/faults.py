@@ -334,6 +334,7 @@ def main() -> None:
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
     attempt("statistics apart", average_statistics)
     attempt("other rounding", round_otherwise)
+    attempt("a device of its own", lambda: flagged(x, f"cuda:{RANK}"))
     apart = DistributedModel(nn.Linear(3, 1), process_group=dist.new_group(), timeout_s=3)
     attempt("no coming", lambda: apart(x) if RANK == 0 else time.sleep(5))
     attempt("no adding up", lambda: (time.sleep(3 * RANK), processes.sum(1.0)))

@@ -102,6 +102,10 @@ def test_rounding_errors_are_no_fault(got):
     assert [text for _, text in got["other rounding"].values()] == ["nothing"] * 2
 
 
+def test_each_rank_may_name_a_device_of_its_own(got):
+    assert [text for _, text in got["a device of its own"].values()] == ["nothing"] * 2
+
+
 def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_time_limit(got):
     seconds, text = got["no coming"][0]
     assert re.search(r"Rank 0 has waited 3.*rank 1 did not come; it is at .*faults.py:\d+", text)

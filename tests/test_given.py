@@ -153,7 +153,7 @@ def test_events_of_ones_own_are_handled():
 def test_a_learner_without_an_optimizer_evaluates_and_says_that_it_cannot_train(tmp_path):
     one = Learner(nn.Linear(3, 1).double(), nn.MSELoss(), data=batches(2))
     assert one.evaluate(batches=batches(2)).keys() == {"loss"}
-    with pytest.raises(TypeError, match=r"got a list\. Batches are `batches="):
+    with pytest.raises(TypeError, match=r"got a list\. Batches come behind the phase"):
         one.evaluate(batches(2))
     assert "Linear" in str(one)
     one.save(tmp_path / "saved")
@@ -164,9 +164,26 @@ def test_a_learner_without_an_optimizer_evaluates_and_says_that_it_cannot_train(
         lambda: fit_one_cycle(one, 1, 0.1),
         lambda: fine_tune(one, 1),
         lambda: lr_find(one),
+        lambda: one.run_step(TrainingPhase(), batches(1)[0]),
     ):
         with pytest.raises(ValueError, match="The learner has no optimizer to train with"):
             train()
     with one.using(optimizer=torch.optim.SGD):
         one.fit(1)
+        one.save(tmp_path / "trained")
+    one.load(tmp_path / "trained")
     assert one.optimizers == {}
+
+
+def test_one_callback_is_no_list_of_them():
+    with pytest.raises(TypeError, match=r"write \[GarbageCollect\(\)\]"):
+        Learner(nn.Linear(1, 1), callbacks=GarbageCollect())
+
+
+@pytest.mark.parametrize(
+    "shapes", [((4, 1), (4, 1)), ((4, 1), (4,)), ((4,), (4,)), ((4, 3), (4, 1))]
+)
+def test_accuracy_of_one_score_a_row_is_refused(shapes):
+    outputs, targets = map(torch.zeros, shapes)
+    with pytest.raises(ValueError, match="accuracy takes scores of shape"):
+        accuracy(outputs, targets)

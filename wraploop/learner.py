@@ -140,9 +140,9 @@ class Learner:
         Args:
             epochs: how often, those before a resumption included.
             phases: phases, or pairs of a phase and its batches; without, training and, where
-                there is data for it, validation.
-            resume: a checkpoint that was saved in such a fit, from which it goes on, also from
-                the middle of an epoch; `"auto"` for the newest whole one of the `Checkpoints`
+                there is data for it, validation. Batches are those that there are now.
+            resume: a checkpoint that was saved in such a fit, the first of a program say, from
+                which it goes on, also from the middle of an epoch; `"auto"` for the newest whole one of the `Checkpoints`
                 callback, if there is any. See `resuming`.
 
         Raises:
@@ -265,6 +265,8 @@ class Learner:
         """
         if phase is not self.phase:
             with self._inside(phase, self.running):
+                if isinstance(phase, AbstractTrainingPhase):
+                    named.check_held(self.model, self.optimizer)
                 return self.run_step(phase, batch)
         if self.running is not None and self.running.skipped:
             raise CancelEpoch

@@ -184,7 +184,8 @@ def checked_phase(phase: Any) -> Phase:
         return phase
     if isinstance(phase, Iterable) and not isinstance(phase, (str, type)):
         raise TypeError(
-            f"Expected a Phase, and got a {type(phase).__name__}. Batches are `batches=...`."
+            f"Expected a Phase, and got a {type(phase).__name__}. Batches come behind the phase, "
+            "or as `batches=...`."
         )
     raise TypeError(f"Expected a Phase, and got {phase!r}.{first_make(phase)}")
 

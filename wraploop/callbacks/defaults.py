@@ -12,6 +12,8 @@ from wraploop.callbacks.table import EpochTable
 
 def with_defaults(callbacks: Iterable[Callback]) -> list[Callback]:
     """What every learner has unless told otherwise, then `callbacks`, which replace their kind."""
+    if isinstance(callbacks, Callback):
+        raise TypeError(f"Expected a list of callbacks: write [{callbacks!r}].")
     given = list(callbacks)
     kinds = [getattr(callback, "unwrapped", callback) for callback in given]
     standard = [History(), Metrics(), ProgressBar(), EpochTable(), StopOnNaNLoss()]

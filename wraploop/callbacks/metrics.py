@@ -236,12 +236,22 @@ def accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
         outputs: scores, shape `(B, classes)`.
         targets: classes, shape `(B,)`, or scores like `outputs`.
 
+    Raises:
+        ValueError: they have other shapes, or there is one score for each row: of two classes.
+
     Examples:
         >>> import torch
         >>> accuracy(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([0, 0])).item()
         0.5
     """
-    classes = targets.argmax(1) if targets.ndim == outputs.ndim else targets
+    shape, others = tuple(outputs.shape), tuple(targets.shape)
+    if len(shape) < 2 or shape[1] < 2 or others not in (shape, (shape[0], *shape[2:])):
+        raise ValueError(
+            f"accuracy takes scores of shape (B, classes), two at least, and classes of shape (B,) "
+            f"or scores; it got {shape} and {others}. For one score a row give a function of your "
+            "own, say `lambda outputs, targets: ((outputs > 0) == targets).double().mean()`."
+        )
+    classes = targets.argmax(1) if others == shape else targets
     return (outputs.argmax(1) == classes).double().mean()
 
 

@@ -214,16 +214,26 @@ class RankRunner:
 
 
 def _passed(call: Call) -> list[str]:
-    """Where the tensors stand that are passed, and the strings; nothing if it is one tensor."""
+    """Where the tensors stand that are passed, and the strings; nothing if it is one tensor.
+
+    Each rank may name a device of its own.
+    """
     args, kwargs = call.arguments
     if not kwargs and len(args) == 1 and isinstance(args[0], Tensor):
         return []
     leaves = chain(leaves_of(args), leaves_of(kwargs))
     return [
-        f"{path} {leaf!r}" if isinstance(leaf, str) else path
+        f"{path} {leaf!r}" if isinstance(leaf, str) and not _is_device(leaf) else path
         for path, leaf in leaves
         if isinstance(leaf, (Tensor, str))
     ]
+
+
+def _is_device(text: str) -> bool:
+    try:
+        return bool(torch.device(text))
+    except RuntimeError:
+        return False
 
 
 def _numbers_in(call: Call) -> list[float]:
