@@ -142,8 +142,8 @@ class Learner:
             phases: phases, or pairs of a phase and its batches; without, training and, where
                 there is data for it, validation. Batches are those that there are now.
             resume: a checkpoint that was saved in such a fit, the first of a program say, from
-                which it goes on, also from the middle of an epoch; `"auto"` for the newest whole one of the `Checkpoints`
-                callback, if there is any. See `resuming`.
+                which it goes on, also from the middle of an epoch; `"auto"` for the newest whole
+                one of the `Checkpoints` callback, if there is any. See `resuming`.
 
         Raises:
             TypeError, ValueError: `epochs` is no count, `phases` no list of phases, there are no

@@ -30,6 +30,7 @@ from .tree import Ref, Tree
 
 _FEW = 16  # numbers of a parameter that are compared as they are
 _ROUNDING = 16  # times their last digit
+_SPREADS = 5  # of the walk of one last digit a call: of so many numbers some go further than one
 _CLOSE = 1e-4  # of ranks' buffers
 
 
@@ -87,7 +88,7 @@ class SameModel:
         if self._names:
             turn, at = divmod(self._calls, len(self._names))
             what, owner, name = self._names[at]
-            off = _ROUNDING + math.sqrt(self._calls)
+            off = _ROUNDING + _SPREADS * math.sqrt(self._calls)
             least = _CLOSE if name in owner._buffers else 0.0
             tensor = getattr(owner, name)  # as it is now: buffers are often set anew
             for part in [] if tensor is None else stored(tensor):
