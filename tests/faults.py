@@ -26,6 +26,17 @@ class Flagged(nn.Module):
         return self.layer(x).relu() if is_bent else self.layer(x)
 
 
+class Remembering(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 1)
+        self.register_buffer("last", torch.zeros(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = self.layer(x)
+        return self.last
+
+
 class Refusing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -217,6 +228,18 @@ def main() -> None:
         loss = model(rows).square().sum()
         torch.autograd.grad(loss, [*model.parameters()], create_graph=RANK == 1)
 
+    def evaluate_alone() -> None:
+        """A model that sets a buffer anew."""
+        model = DistributedModel(Remembering(), batch="local", timeout_s=3)
+        if RANK:
+            model.eval()
+            with torch.no_grad():
+                model(x)
+            model.train()
+            model.module.last = torch.zeros(1)
+        for k in range(4):
+            model(x + RANK + k).mean().backward()
+
     def average_statistics() -> None:
         """Of batch norms that normalise apart, with two forwards before a backward."""
         norm = nn.BatchNorm1d(3)
@@ -334,6 +357,7 @@ def main() -> None:
         attempt(f"after {name}, own rows", lambda: local(x + RANK).sum().backward())
     attempt("statistics apart", average_statistics)
     attempt("other rounding", round_otherwise)
+    attempt("an evaluation alone", evaluate_alone)
     attempt("a device of its own", lambda: flagged(x, f"cuda:{RANK}"))
     apart = DistributedModel(nn.Linear(3, 1), process_group=dist.new_group(), timeout_s=3)
     attempt("no coming", lambda: apart(x) if RANK == 0 else time.sleep(5))

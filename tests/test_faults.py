@@ -102,6 +102,10 @@ def test_rounding_errors_are_no_fault(got):
     assert [text for _, text in got["other rounding"].values()] == ["nothing"] * 2
 
 
+def test_one_rank_may_evaluate_alone_what_sets_a_buffer(got):
+    assert [text for _, text in got["an evaluation alone"].values()] == ["nothing"] * 2
+
+
 def test_each_rank_may_name_a_device_of_its_own(got):
     assert [text for _, text in got["a device of its own"].values()] == ["nothing"] * 2
 

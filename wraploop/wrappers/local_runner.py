@@ -142,8 +142,9 @@ class LocalRunner:
         if rank.rows == 0:
             wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
         _keep_marks(tensors, wholes)
-        self._leave_states_out(rank, ran, call, tree, meets)
-        self._average_buffers(rank, ran, wholes)
+        if meets:  # else what it sets stays this rank's own
+            self._leave_states_out(rank, ran, call, tree)
+            self._average_buffers(rank, ran, wholes)
         output, _ = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
         return output
@@ -196,7 +197,7 @@ class LocalRunner:
         keep(self._replicas, key, replicas, _MOST_SPLITS)
         return replicas
 
-    def _leave_states_out(self, rank: Rank, ran: Ran, call: Call, tree: Tree, meets: bool) -> None:
+    def _leave_states_out(self, rank: Rank, ran: Ran, call: Call, tree: Tree) -> None:
         """Has buffers that hold a state of a rank's own rows be each rank's own.
 
         One that is set to what has a graph is that, and one that gets its shape from the rows: on
@@ -223,15 +224,15 @@ class LocalRunner:
             own += _SET.pack(bits, fingerprint(value))
         names = [name for _, name, *_ in found]
         doing = f"look at the buffers {names} of {rank.name}"
-        said = rank.channel.gather(doing, own) if meets else [own]
+        said = rank.channel.gather(doing, own)
         columns = zip(*map(_SET.iter_unpack, said), strict=True)
         for (owner, name, *_), column in zip(found, columns, strict=True):
             bits, values = zip(*column, strict=True)
             some, every = reduce(or_, bits), reduce(and_, bits)
             has_rows = every & _ROWS and some & _OTHER_SHAPE
-            if meets and len({*values}) == 1:  # a table
+            if len({*values}) == 1:  # a table
                 has_rows = 0
-            is_clear = not meets or not some & _FEATURES or len({*rank.counts}) > 1
+            is_clear = not some & _FEATURES or len({*rank.counts}) > 1
             if has_rows and not (is_clear or some & _GRAPH):
                 where = f"the buffer {name!r} of {type(owner).__name__}"
                 raise ValueError(_UNCLEAR.format(where, rank.rows, _NO_BUFFER))
