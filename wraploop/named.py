@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, TypeAlias
 from warnings import warn
 
@@ -167,14 +168,17 @@ def check_held(model: nn.Module | Named, optimizer: Any) -> None:
     models, given = by_name(model, "model"), by_name(optimizer, "model")
     for name, one in given.items():
         its = [models[name]] if name in models else models.values() if len(given) == 1 else []
-        params = [p for each in its for p in each.parameters()]
-        if params and hasattr(one, "param_groups") and not _holds_any(one, params):
+        params = (p for each in its for p in each.parameters())  # of which one is enough
+        first = next(params, None)
+        if first is None or not hasattr(one, "param_groups"):
+            continue
+        if not _holds_any(one, chain([first], params)):
             raise ValueError(_HOLDS_NONE.format(type(one).__name__, name))
 
 
-def _holds_any(optimizer: Any, params: list[nn.Parameter]) -> bool:
+def _holds_any(optimizer: Any, params: Iterable[nn.Parameter]) -> bool:
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return not held.isdisjoint(map(id, params))
+    return any(id(p) in held for p in params)
 
 
 NO_OPTIMIZER = (
