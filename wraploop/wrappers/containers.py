@@ -42,16 +42,7 @@ def parts(value: Any) -> Iterable[tuple[Any, Any]]:
 
 def containers_in(value: Any) -> list[Any]:
     """The containers in `value`, itself among them, that may be changed; each once."""
-    found: dict[int, Any] = {}
-    left = [value]
-    while left:
-        value = left.pop()
-        if id(value) in found or not (isinstance(value, tuple) or type(value) in CONTAINERS):
-            continue
-        if not isinstance(value, tuple):
-            found[id(value)] = value
-        left += [part for part in items(value) if type(part) not in ATOMS]
-    return list(found.values())
+    return [*{id(container): container for _, container in containers_at(value)}.values()]
 
 
 def leaves(value: Any, path: Path = (), above: tuple[int, ...] = ()) -> Iterator[tuple[Path, Any]]:
@@ -129,7 +120,7 @@ def containers_at(
     if type(value) in CONTAINERS:
         yield path, value
     for key, part in parts(value):
-        if type(part) not in ATOMS:
+        if type(part) in CONTAINERS or isinstance(part, tuple):
             yield from containers_at(part, (*path, key), (*above, id(value)))
 
 
