@@ -88,6 +88,7 @@ class LocalRunner:
         self._unclear: set[Place] = set()  # attributes that may be states, or statistics
         self._tree: Tree | None = None
         self._has_buffers = False
+        self._sizes: set[int] = set()  # of the axes of parameters
 
     def run(self, call: Call, rows: int | None) -> Nest:
         """Makes `call` on this rank's `rows` rows; None if nothing in it has rows."""
@@ -123,6 +124,7 @@ class LocalRunner:
         if tree is not self._tree:
             self._tree = tree
             self._has_buffers = any(True for _ in self.module.buffers())
+            self._sizes = set(chain.from_iterable(p.shape for p in tree.parameters))
         return tree
 
     def _run(self, call: Call, rank: Rank, meets: bool, tree: Tree) -> Nest:
@@ -143,7 +145,7 @@ class LocalRunner:
             wholes = [None if x is None else x[:0] if x.ndim and len(x) == 1 else x for x in wholes]
         _keep_marks(tensors, wholes)
         if meets:  # else what it sets stays this rank's own
-            self._leave_states_out(rank, ran, call, tree)
+            self._leave_states_out(rank, ran, call)
             self._average_buffers(rank, ran, wholes)
         output, _ = ran.whole(call, replica, wholes, rank.size)
         replica.settle()
@@ -197,7 +199,7 @@ class LocalRunner:
         keep(self._replicas, key, replicas, _MOST_SPLITS)
         return replicas
 
-    def _leave_states_out(self, rank: Rank, ran: Ran, call: Call, tree: Tree) -> None:
+    def _leave_states_out(self, rank: Rank, ran: Ran, call: Call) -> None:
         """Has buffers that hold a state of a rank's own rows be each rank's own.
 
         One that is set to what has a graph is that, and one that gets its shape from the rows: on
@@ -208,7 +210,7 @@ class LocalRunner:
         """
         for place, change in ran.changes.items():
             if not change.is_buffer:
-                self._leave_attribute_out(place, change, rank.size, call, tree)
+                self._leave_attribute_out(place, change, rank.size, call)
         found = [
             (holder.of, name, change.value, change.kept_shape)
             for (holder, name), change in ran.changes.items()
@@ -217,10 +219,10 @@ class LocalRunner:
         ]
         if not found:
             return
-        own, sizes = b"", _features(call, tree)
+        own, is_size = b"", self._has_features(rank.size, call)
         for _, _, value, kept_shape in found:
             bits = _GRAPH * value.requires_grad | _ROWS * (rank.size in value.shape)
-            bits |= _OTHER_SHAPE * (not kept_shape) | _FEATURES * (rank.size in sizes)
+            bits |= _OTHER_SHAPE * (not kept_shape) | _FEATURES * is_size
             own += _SET.pack(bits, fingerprint(value))
         names = [name for _, name, *_ in found]
         doing = f"look at the buffers {names} of {rank.name}"
@@ -239,9 +241,7 @@ class LocalRunner:
             if has_rows or some & _GRAPH:
                 self._same.leave_out(owner, name)
 
-    def _leave_attribute_out(
-        self, place: Place, change: Change, rows: int, call: Call, tree: Tree
-    ) -> None:
+    def _leave_attribute_out(self, place: Place, change: Change, rows: int, call: Call) -> None:
         """The same for an attribute: a later call may write to it in place."""
         owner, name = place[0].of, place[1]
         for i, leaf in enumerate(tensors_of(change.value)):
@@ -251,10 +251,14 @@ class LocalRunner:
                 where = f"{name!r} of {type(owner).__name__}"
                 raise ValueError(_UNCLEAR.format(where, rows, _SET_ANEW))
             if i not in change.into and rows in leaf.shape:
-                if rows in _features(call, tree):
+                if self._has_features(rows, call):
                     self._unclear.add(place)
                 else:
                     self._same.leave_out(owner, name)
+
+    def _has_features(self, count: int, call: Call) -> bool:
+        """Whether an axis of a parameter, or of an input but for its rows, has so many numbers."""
+        return count in self._sizes or any(count in tensor.shape[1:] for tensor in call.inputs)
 
     def _average_buffers(self, rank: Rank, ran: Ran, wholes: list[Tensor | None]) -> None:
         """Puts in `wholes` the mean over ranks of buffers, and of what is written to in place."""
@@ -290,12 +294,6 @@ def _some_rows(tensor: Tensor) -> Tensor:
     if is_shared(tensor) or tensor.size(0):
         return tensor
     return torch.cat([tensor, zeros_like_rows(tensor, 1)])
-
-
-def _features(call: Call, tree: Tree) -> set[int]:
-    """How many numbers the axes of inputs, but for their rows, and of parameters have."""
-    sizes = {size for tensor in call.inputs for size in tensor.shape[1:]}
-    return sizes.union(*(parameter.shape for parameter in tree.parameters))
 
 
 def _keep_marks(tensors: list[Tensor], wholes: list[Tensor | None]) -> None:
