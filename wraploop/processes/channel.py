@@ -275,7 +275,9 @@ class Frame(NamedTuple):
 
     def packed(self) -> bytes:
         """The frame as bytes."""
-        begins = _beginning(self.text, len(self.facts), self.failed)
+        is_short = len(self.text) <= _MOST_SHOWN  # which is worth keeping
+        beginning = _beginning if is_short else _beginning.__wrapped__
+        begins = beginning(self.text, len(self.facts), self.failed)
         return begins + struct.pack(f"<{len(self.facts)}d", *self.facts) if self.facts else begins
 
     @classmethod
