@@ -229,6 +229,15 @@ def test_outputs_that_cannot_be_put_together_are_refused(wrap_in_lanes, output, 
         wrap_in_lanes(Odd())(torch.arange(12.0).view(4, 3))
 
 
+def test_hooks_on_saving_and_loading_are_the_modules(wrap_in_lanes):
+    called = []
+    wrapper = wrap_in_lanes(nn.Linear(3, 2))
+    wrapper.register_state_dict_post_hook(lambda *_: called.append("saved"))
+    wrapper.register_load_state_dict_post_hook(lambda *_: called.append("loaded"))
+    wrapper.load_state_dict(wrapper.state_dict())
+    assert called == ["saved", "loaded"]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_torchscript_is_refused(wrap_in_lanes):
     plain = nn.Sequential(nn.Linear(3, 2), nn.ReLU())
